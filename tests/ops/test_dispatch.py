@@ -1,0 +1,115 @@
+"""How a call finds its backend."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from visionattn.ops import BackendError, dispatch, explain, neighborhood_attention, routed_attention, use_backend
+from visionattn.ops.dispatch import Backend, Op
+
+
+@pytest.fixture
+def op():
+    """An op whose backends say their name; ``small`` takes problems below 10."""
+    op = Op("test_op", [
+        Backend("small", lambda size: (size < 10, "" if size < 10 else f"{size} is not small"), lambda: "small"),
+        Backend("never", lambda problem: (False, "it never can"), lambda: "never"),
+        Backend("any", lambda problem: (True, ""), lambda: "any"),
+    ])
+    yield op
+    del dispatch._OPS["test_op"]
+
+
+def test_first_that_can_is_chosen(op):
+    assert op.choose(3).run() == "small"
+    assert op.choose(30).run() == "any"
+
+
+def test_asked_for_by_name(op):
+    assert op.choose(3, "any").run() == "any"
+    with pytest.raises(BackendError, match="backend 'small' of test_op cannot do this: 30 is not small"):
+        op.choose(30, "small")
+    with pytest.raises(BackendError, match="test_op has no backend 'large'; it has small, never, any"):
+        op.choose(3, "large")
+
+
+def test_no_backend_can():
+    try:
+        none = Op("test_none", [Backend("never", lambda problem: (False, "it never can"), lambda: None)])
+        with pytest.raises(BackendError, match="no backend of test_none can do this: never: it never can"):
+            none.choose(3)
+    finally:
+        del dispatch._OPS["test_none"]
+
+
+def test_explain(op):
+    assert explain("test_op", 30) == [
+        ("small", False, "30 is not small"), ("never", False, "it never can"), ("any", True, "")]
+    with pytest.raises(ValueError, match=r"unknown op 'tset_op'; known: .*test_op"):
+        explain("tset_op", 3)
+
+
+def test_use_backend(op):
+    with use_backend("any"):
+        assert op.choose(3).name == "any"
+        with use_backend("small"):
+            assert op.choose(3).name == "small"
+            assert op.choose(3, "any").name == "any"  # the call's own wish goes first
+            with pytest.raises(BackendError, match="is not small"):
+                op.choose(30)
+        assert op.choose(3).name == "any"
+    assert op.choose(3).name == "small"
+
+
+def test_use_backend_ends_with_an_error(op):
+    with pytest.raises(RuntimeError, match="inside"), use_backend("any"):
+        raise RuntimeError("inside")
+    assert op.choose(3).name == "small"
+
+
+def test_use_backend_takes_what_the_op_has(op):
+    with use_backend("gathered", "any"):
+        assert op.choose(3).name == "any"
+    with use_backend("gathered"):
+        assert op.choose(3).name == "small"
+
+
+def test_use_backend_unknown_name():
+    with pytest.raises(BackendError, match=r"no op has a backend 'fats'; known: .*naive.*tiled"), use_backend("fats"):
+        pass
+
+
+def test_use_backend_reaches_the_ops():
+    q = torch.randn(1, 8, 8, 2, 8)
+    routes = torch.arange(4).view(1, 1, 4, 1)
+    with use_backend("naive"):
+        expected = neighborhood_attention(q, q, q, 3), routed_attention(q, q, q, routes, 4)
+    assert torch.equal(expected[0], neighborhood_attention(q, q, q, 3, backend="naive"))
+    assert torch.equal(expected[1], routed_attention(q, q, q, routes, 4, backend="naive"))
+    with use_backend("natten"), pytest.raises(BackendError, match="natten"):
+        neighborhood_attention(q.double(), q.double(), q.double(), 3)
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    ("gathered, naive", "naive"),
+    ("fats", "no op has a backend 'fats'"),
+])
+def test_environment_variable(value, expected):
+    code = """
+import torch
+from visionattn.ops import neighborhood
+problem = neighborhood.NeighborhoodProblem(
+    spatial=(9, 9), heads=2, kv_heads=2, head_dim=8, value_dim=8, kernel_size=(3, 3), dilation=(1, 1), stride=(1, 1),
+    is_causal=(False, False), has_bias=False, additional=0, return_lse=False, dtype=torch.float32, device="cpu",
+    requires_grad=False)
+print(neighborhood._op.choose(problem).name)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "VISIONATTN_BACKEND": value}, capture_output=True, text=True)
+    if expected.startswith("no op"):
+        assert result.returncode != 0
+        assert expected in result.stderr.strip().splitlines()[-1]
+    else:
+        assert result.stdout.strip() == expected, result.stderr

@@ -1,0 +1,239 @@
+"""Routed attention on any device with plain torch operations, never holding more than a slice of the gathered keys.
+
+The work is a list of units, one query region of one head of one image each. A few units at a time gather their keys
+into a small buffer that stays in the cache, so memory does not grow with topk. The backward pass gathers again instead
+of keeping anything. Half precision is computed in float32.
+"""
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import naive
+
+__all__ = ["run", "supports"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_CHUNK_BYTES = 2 ** 20  # of keys, values or scores at a time, about a core's L2 cache
+
+
+def supports(problem) -> tuple[bool, str]:
+    """Every valid problem of the usual dtypes can be done."""
+    if problem.dtype not in _DTYPES:
+        return False, f"{problem.dtype} is not one of {', '.join(map(str, _DTYPES))}"
+    return True, ""
+
+
+def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        region_size: tuple[int, int],
+        key_region_size: tuple[int, int],
+        scale: float,
+        route_weights: Tensor | None,
+) -> Tensor:
+    """The public function with every argument explicit. While exporting, the naive form stands for it."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return naive.run(q, k, v, routes, region_size, key_region_size, scale, route_weights)
+    return _forward(q, k, v, routes, route_weights, list(region_size), list(key_region_size), scale)
+
+
+@torch.library.custom_op("visionattn::routed_gathered", mutates_args=())
+def _forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        route_weights: Tensor | None,
+        region_size: list[int],
+        key_region_size: list[int],
+        scale: float,
+) -> Tensor:
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    with torch.autocast(q.device.type, enabled=False):
+        for images in _image_groups(q, k, v):
+            queries = _to_units(q[images], region_size).mul_(scale)
+            keys, values = _to_units(k[images], key_region_size), _to_units(v[images], key_region_size)
+            rows, weights = _unit_routes(routes[images], route_weights, images, q.shape[-2])
+            result = queries.new_empty(*queries.shape[:2], v.shape[-1])
+            for units in _chunks(queries, keys, values, rows):
+                scores = queries[units] @ _gather(keys, rows[units]).mT
+                if weights is not None:
+                    _by_region(scores, weights[units])
+                attention = torch.softmax(scores, dim=-1, out=scores)
+                if weights is not None:
+                    _by_region(attention, weights[units])
+                torch.bmm(attention, _gather(values, rows[units]), out=result[units])
+            _from_units(result, region_size, out[images])
+    return out
+
+
+@_forward.register_fake
+def _(q, k, v, routes, route_weights, region_size, key_region_size, scale):
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@torch.library.custom_op("visionattn::routed_gathered_backward", mutates_args=())
+def _backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        route_weights: Tensor | None,
+        region_size: list[int],
+        key_region_size: list[int],
+        scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad_weights = q.new_zeros(routes.shape if route_weights is not None else 0,
+                               dtype=torch.promote_types(q.dtype, torch.float32))
+    with torch.autocast(q.device.type, enabled=False):
+        for images in _image_groups(q, k, v):
+            queries, grads = _to_units(q[images], region_size).mul_(scale), _to_units(grad[images], region_size)
+            keys, values = _to_units(k[images], key_region_size), _to_units(v[images], key_region_size)
+            rows, weights = _unit_routes(routes[images], route_weights, images, q.shape[-2])
+            grad_queries = torch.empty_like(queries)
+            grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+            unit_grad_weights = queries.new_empty(rows.shape)
+            for units in _chunks(queries, keys, values, rows):
+                gathered_keys, gathered_values = _gather(keys, rows[units]), _gather(values, rows[units])
+                scores = queries[units] @ gathered_keys.mT
+                grad_attention = grads[units] @ gathered_values.mT
+                if weights is None:
+                    attention = torch.softmax(scores, dim=-1, out=scores)
+                    _scatter_add(grad_values, rows[units], attention.mT @ grads[units])
+                    grad_scores = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
+                else:
+                    w = weights[units]
+                    attention = torch.softmax(_by_region(scores.clone(), w), dim=-1)
+                    unit_grad_weights[units] = _sum_by_region(grad_attention * attention, w)
+                    grad_scores = torch._softmax_backward_data(
+                        _by_region(grad_attention, w), attention, -1, attention.dtype)
+                    unit_grad_weights[units] += _sum_by_region(grad_scores * scores, w)
+                    _scatter_add(grad_values, rows[units], _by_region(attention, w).mT @ grads[units])
+                    grad_scores = _by_region(grad_scores, w)
+                torch.bmm(grad_scores, gathered_keys, out=grad_queries[units])
+                _scatter_add(grad_keys, rows[units], grad_scores.mT @ queries[units])
+            _from_units(grad_queries.mul_(scale), region_size, grad_q[images])
+            _from_units(grad_keys, key_region_size, grad_k[images])
+            _from_units(grad_values, key_region_size, grad_v[images])
+            if weights is not None:
+                heads = unit_grad_weights.view(-1, q.shape[-2], *routes.shape[2:])
+                grad_weights[images] = heads.sum(dim=1, keepdim=True) if routes.shape[1] == 1 else heads
+    return grad_q, grad_k, grad_v, grad_weights
+
+
+@_backward.register_fake
+def _(grad, q, k, v, routes, route_weights, region_size, key_region_size, scale):
+    weights = q.new_empty(routes.shape if route_weights is not None else 0,
+                          dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), weights
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, routes, route_weights, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, routes, route_weights)
+
+
+def _autograd(ctx, grad):
+    q, k, v, routes, route_weights = ctx.saved_tensors
+    grad_q, grad_k, grad_v, grad_weights = _backward(grad, q, k, v, routes, route_weights, *ctx.options)
+    grad_weights = None if route_weights is None else grad_weights.to(route_weights.dtype)
+    return grad_q, grad_k, grad_v, None, grad_weights, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.visionattn.routed_gathered)
+def _forward_flops(q, k, v, routes, route_weights, region_size, key_region_size, *_, **__) -> int:
+    return 2 * _pairs(q, routes, key_region_size) * (q[-1] + v[-1])
+
+
+@register_flop_formula(torch.ops.visionattn.routed_gathered_backward)
+def _backward_flops(grad, q, k, v, routes, route_weights, region_size, key_region_size, *_, **__) -> int:
+    return 2 * _pairs(q, routes, key_region_size) * (3 * q[-1] + 2 * v[-1])
+
+
+def _pairs(q_shape, routes_shape, key_region_size) -> int:
+    """Number of query-key pairs."""
+    return math.prod(q_shape[:-1]) * routes_shape[-1] * math.prod(key_region_size)
+
+
+def _image_groups(q: Tensor, k: Tensor, v: Tensor) -> Iterator[slice]:
+    """As many images at a time as keep the copies in unit order small."""
+    image_bytes = 4 * max(q[0].numel(), k[0].numel(), v[0].numel())
+    step = max(1, _CHUNK_BYTES // image_bytes)
+    return (slice(i, i + step) for i in range(0, len(q), step))
+
+
+def _chunks(queries: Tensor, keys: Tensor, values: Tensor, rows: Tensor) -> Iterator[slice]:
+    """As many units at a time as keep gathered keys and scores small."""
+    gathered = rows.shape[1] * keys.shape[1]
+    unit_bytes = queries.element_size() * gathered * max(queries.shape[1], keys.shape[2], values.shape[2])
+    step = max(1, _CHUNK_BYTES // unit_bytes)
+    return (slice(i, i + step) for i in range(0, len(rows), step))
+
+
+def _by_unit(x: Tensor, region_size: list[int]) -> Tensor:
+    """A view ``[images, heads, grid rows, grid columns, rows, columns, dim]`` of a map."""
+    return x.unflatten(2, (-1, region_size[1])).unflatten(1, (-1, region_size[0])).permute(0, 5, 1, 3, 2, 4, 6)
+
+
+def _to_units(x: Tensor, region_size: list[int]) -> Tensor:
+    """``[images, height, width, heads, dim]`` to a copy ``[units, tokens, dim]`` in the dtype of computation."""
+    x = _by_unit(x, region_size)
+    copy = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).copy_(x)
+    return copy.view(-1, math.prod(region_size), x.shape[-1])
+
+
+def _from_units(units: Tensor, region_size: list[int], target: Tensor) -> None:
+    """The inverse of :func:`_to_units`, into ``target``."""
+    target = _by_unit(target, region_size)
+    target.copy_(units.view(target.shape))
+
+
+def _unit_routes(
+        routes: Tensor,
+        route_weights: Tensor | None,
+        images: slice,
+        heads: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The units whose keys a unit attends to, ``[units, topk]``, and their weights."""
+    count, _, regions, topk = routes.shape
+    first = torch.arange(count * heads, device=routes.device).view(count, heads, 1, 1) * regions
+    rows = (routes + first).view(-1, topk)
+    if route_weights is None:
+        return rows, None
+    weights = route_weights[images].expand(-1, heads, -1, -1).reshape(-1, topk)
+    return rows, weights.to(torch.promote_types(weights.dtype, torch.float32))
+
+
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """Tokens of the listed units: ``[units, topk * tokens, dim]``."""
+    return x.index_select(0, rows.flatten()).view(len(rows), -1, x.shape[-1])
+
+
+def _scatter_add(target: Tensor, rows: Tensor, x: Tensor) -> None:
+    """The adjoint of :func:`_gather`; in a fixed order, so that results repeat bit by bit."""
+    x = x.reshape(-1, *target.shape[1:])
+    if target.device.type == "cpu":
+        target.index_add_(0, rows.flatten(), x)
+    else:  # index_add_ has no fixed order there, this has
+        target.index_put_((rows.flatten(),), x, accumulate=True)
+
+
+def _by_region(x: Tensor, weights: Tensor) -> Tensor:
+    """Multiplies ``[units, queries, topk * tokens]`` in place by a factor for each listed region."""
+    x.unflatten(-1, (weights.shape[-1], -1)).mul_(weights[:, None, :, None])
+    return x
+
+
+def _sum_by_region(x: Tensor, weights: Tensor) -> Tensor:
+    """Sums ``[units, queries, topk * tokens]`` for each listed region."""
+    return x.unflatten(-1, (weights.shape[-1], -1)).sum(dim=(1, 3))

@@ -1,0 +1,32 @@
+"""Whether Triton kernels can run a problem here; asked without importing Triton."""
+import importlib.util
+import os
+
+import torch
+
+__all__ = ["automatic", "supports"]
+
+_MAX_DIM = 256
+
+
+def supports(problem) -> tuple[bool, str]:
+    """What the kernels of all ops need: Triton, a device it compiles for (or its interpreter), dtypes, head dims."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if problem.device != "cuda" and not (interpreting and problem.device == "cpu"):
+        return False, f"triton compiles for cuda devices, not for {problem.device} (TRITON_INTERPRET=1 emulates it)"
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, f"the triton kernels take float32, float16 and bfloat16, not {problem.dtype}"
+    if interpreting and problem.dtype == torch.bfloat16:
+        return False, "triton's interpreter computes bfloat16 wrongly"
+    if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
+        return False, f"the triton kernels take head dims up to {_MAX_DIM}"
+    if torch.compiler.is_exporting():
+        return False, "an exported graph is made of standard operators"
+    return True, ""
+
+
+def automatic(problem) -> bool:
+    """The interpreter is for tests: on a CPU the kernels run only when asked for by name."""
+    return problem.device == "cuda"
