@@ -1,0 +1,100 @@
+"""Models with trained weights: from a training run's checkpoint, the authors' file or a plain state dict.
+
+Nothing here unpickles more than tensors and plain containers.
+"""
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from . import models  # noqa: F401  (registers the zoo in timm)
+
+__all__ = ["create_model", "read_checkpoint"]
+
+
+def create_model(
+        name: str | None,
+        checkpoint: str | Path | None = None,
+        pretrained: bool = False,
+        num_classes: int | None = None,
+) -> nn.Module:
+    """A timm model, with the weights of ``checkpoint`` if one is given.
+
+    Args:
+        name: Model name; may be None for the checkpoint of a training run, which knows it.
+        checkpoint: A training run's ``.ckpt``, the authors' file, or a state dict (``.pth``, ``.safetensors``).
+        pretrained: Download the authors' weights (not together with ``checkpoint``).
+        num_classes: Classes of the head; None takes the checkpoint's or the model's own.
+
+    Raises:
+        ValueError: The file is not a checkpoint, or not one of this model.
+        FileNotFoundError: There is no such file.
+    """
+    classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if checkpoint is None:
+        if name is None:
+            raise ValueError("give the name of a model, or a checkpoint that knows it")
+        return timm.create_model(name, pretrained=pretrained, **classes)
+    if pretrained:
+        raise ValueError("pretrained weights and a checkpoint were both asked for; choose one")
+    state_dict, run = read_checkpoint(checkpoint)
+    if run is None:
+        if name is None:
+            raise ValueError(f"{checkpoint} holds weights only; say which model they are of")
+        return _from_state_dict(name, checkpoint, classes)
+    if name not in (None, run["backbone"]):
+        raise ValueError(f"{checkpoint} is of the model {run['backbone']}, not {name}")
+    if num_classes not in (None, run["num_classes"]):
+        raise ValueError(f"{checkpoint} has {run['num_classes']} classes, not {num_classes}")
+    model = timm.create_model(
+        run["backbone"], num_classes=run["num_classes"], in_chans=run.get("in_chans", 3), **run.get("model_args") or {})
+    model.load_state_dict(state_dict)
+    return model
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Reads a checkpoint file.
+
+    Returns:
+        The backbone's weights, and the hyper-parameters of the training run (None if it is not a run's checkpoint).
+
+    Raises:
+        ValueError: The file is damaged, holds no weights, or pickles anything but tensors and plain containers.
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path), None
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"checkpoint {path} pickles objects that are not weights; it was not opened") from None
+    except (RuntimeError, EOFError, OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not weights")
+    if "hyper_parameters" in content and "backbone" in content["hyper_parameters"]:
+        prefix = "model."
+        weights = {key[len(prefix):]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+        return weights, content["hyper_parameters"]
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    return content, None
+
+
+def _from_state_dict(name: str, path: str | Path, classes: dict[str, Any]) -> nn.Module:
+    # In the overlay too: timm drops a file's head when the configured number of classes is another one.
+    overlay = {"file": str(path), "custom_load": False} | classes
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **classes)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise ValueError(lines[0] if len(lines) == 1 else f"checkpoint {path} is not of the model {name}") from None

@@ -1,0 +1,115 @@
+"""The command ``visionattn``. What a command needs is imported when it runs, so that ``--help`` is immediate."""
+import argparse
+import os
+import sys
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from . import __version__
+
+__all__ = ["main"]
+
+
+class _Command(NamedTuple):
+    module: str  # its main(argv) runs the command
+    help: str
+    named: bool = False  # whether argv begins with the command's name
+
+
+_COMMANDS = {
+    "fit": _Command("visionattn.tasks.run", "train a model: --config FILE [--KEY VALUE ...]", named=True),
+    "validate": _Command("visionattn.tasks.run", "measure a model on the validation images", named=True),
+    "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),
+    "predict": _Command("visionattn.tasks.run", "classify images: predictions.csv", named=True),
+    "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
+    "demo": _Command("visionattn.demo", "train, test, export and look at a small BiFormer on digits"),
+}
+_LIST_HELP = "show the models with their parameters and image size"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns the exit code.
+
+    What a user can do something about (``ValueError``, ``OSError``, ``RuntimeError`` and the errors of the
+    configuration) ends in one line on stderr; ``VISIONATTN_TRACEBACK=1`` shows where it came from.
+
+    Args:
+        argv: The command and its options; those of the process if None.
+
+    Returns:
+        0, 1 for an error and 2 for a wrong command line or configuration.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    try:
+        if command in ("-h", "--help"):
+            print(_help())
+            return 0
+        if command == "--version":
+            print(f"visionattn {__version__}")
+            return 0
+        if command == "list":
+            return _list(rest)
+        if command not in _COMMANDS:
+            return _fail(f"unknown command {command!r}; known: {', '.join([*_COMMANDS, 'list'])}", code=2)
+        module = import_module(_COMMANDS[command].module)
+        return module.main(argv if _COMMANDS[command].named else rest) or 0
+    except BrokenPipeError:  # the reader of our output has gone, as in `visionattn list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, argparse.ArgumentError))
+        expected |= type(error).__name__ == "MisconfigurationException"  # Lightning's, which is not imported here
+        if not expected or os.environ.get("VISIONATTN_TRACEBACK"):
+            raise
+        return _fail(_one_line(error), code=2 if isinstance(error, argparse.ArgumentError) else 1)
+
+
+def _list(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="visionattn list", description=_LIST_HELP)
+    parser.add_argument("--family", help="only the models of this family (the last column)")
+    wanted = parser.parse_args(argv).family
+
+    import timm
+    import torch
+
+    from . import models
+
+    prefix = f"{models.__name__}."
+    families = {name: timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
+    families = {name: module.removeprefix(prefix) for name, module in families.items() if module.startswith(prefix)}
+    if wanted and wanted not in families.values():
+        raise ValueError(f"there is no family {wanted!r}; there are {', '.join(sorted(set(families.values())))}")
+    print(f"{'model':<32}{'parameters':>12}{'image':>12}  family")
+    for name, family in families.items():
+        if wanted in (None, family):
+            with torch.device("meta"):
+                model: Any = timm.create_model(name)
+            millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+            _, height, width = model.pretrained_cfg["input_size"]
+            print(f"{name:<32}{f'{millions:.2f} M':>12}{f'{height} x {width}':>12}  {family}")
+    return 0
+
+
+def _help() -> str:
+    helps = {name: command.help for name, command in _COMMANDS.items()} | {"list": _LIST_HELP}
+    lines = "\n".join(f"  {name:<10}{text}" for name, text in helps.items())
+    return (f"usage: visionattn COMMAND [OPTIONS]\n\nSparse-attention vision backbones: train, test, export.\n\n"
+            f"commands:\n{lines}\n\noptions:\n  --help    of a command too: visionattn fit --help\n  --version\n\n"
+            "An error is one line; VISIONATTN_TRACEBACK=1 in the environment shows where it came from.")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"visionattn: error: {message}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    """The error's message; of one that a loader process raised, the message there."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]} ..."

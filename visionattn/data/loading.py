@@ -1,0 +1,68 @@
+"""How batches are drawn, the same for every data module: reproducibly, also after a resume and on several devices."""
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+__all__ = ["LoadedData"]
+
+
+class LoadedData(pl.LightningDataModule):
+    """A data module with ``batch_size``, ``num_workers`` and ``seed``.
+
+    The order of the training images and the random numbers of the worker processes depend on ``seed`` and the epoch
+    alone, so that a run which is resumed at an epoch sees what an uninterrupted one would have seen.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int):
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+
+    def _train_loader(self, dataset: Dataset) -> DataLoader:
+        """Shuffled batches; the last, smaller one is left out unless it is the only one."""
+        sampler = _EpochSampler(dataset, *self._ranks(), seed=self.seed)
+        full = len(sampler) >= self.batch_size
+        return _EpochLoader(
+            dataset, sampler=sampler, generator=sampler.generator, drop_last=full, **self._loader_args())
+
+    def _eval_loader(self, dataset: Dataset) -> DataLoader:
+        """Batches in the order of ``dataset``."""
+        return DataLoader(dataset, **self._loader_args())
+
+    def _loader_args(self) -> dict[str, Any]:
+        return dict(
+            batch_size=self.batch_size, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of processes that train together, and which one this is."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+class _EpochSampler(DistributedSampler):
+    """Shuffles by seed and epoch, and seeds the generator that the loader draws its workers' seed from likewise."""
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int):
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
+        self.generator = torch.Generator()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.generator.manual_seed((self.seed << 32) + (epoch << 12) + self.rank)
+
+
+class _EpochLoader(DataLoader):
+    """Begins to load at the first batch that is asked for.
+
+    Lightning makes an iterator before it tells the sampler the epoch that a resumed run starts at; the workers of an
+    ordinary loader would be seeded and have their first indices by then.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()

@@ -1,0 +1,257 @@
+"""Image classification: any timm backbone, soft-target cross-entropy, AdamW with a cosine schedule."""
+import csv
+import json
+import math
+import os
+import random
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import timm
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
+
+from ..checkpoint import read_checkpoint
+from .optim import adamw, cosine_with_warmup
+
+__all__ = ["ClassificationTask"]
+
+
+class ClassificationTask(pl.LightningModule):
+    """Trains and tests a timm model as an image classifier.
+
+    Logs ``train/loss``, and ``val/`` and ``test/`` ``accuracy``, ``accuracy_top5`` (both fractions) and ``loss``.
+    Testing writes ``test_metrics.json``, prediction ``predictions.csv``, into the trainer's ``default_root_dir``.
+    Accumulated gradients, clipping and mixed precision are the Trainer's.
+
+    Args:
+        backbone: Name of a model of timm's registry, ours included.
+        num_classes: Number of classes; the command line takes it from the data.
+        class_names: Their names, for predictions; the command line takes them from the data.
+        pretrained: Start from the published weights.
+        checkpoint_path: Start from the weights of this file: a run's checkpoint or the authors' state dict. A head
+            for another number of classes is replaced.
+        model_args: More arguments of ``timm.create_model``.
+        in_chans: Channels of the images.
+        drop_path_rate: Stochastic depth; None leaves the model's own.
+        lr: Peak learning rate, for the batch size as it is (it is not scaled).
+        weight_decay: Of weights; biases, norms and bias tables have none.
+        betas: Of AdamW.
+        layer_decay: Factor on the learning rate from each layer to the one before it; None for one rate.
+        warmup_epochs: Epochs of linear warm-up; fractions count.
+        min_lr: Learning rate that the cosine ends at.
+        label_smoothing: Share of the target spread over all classes.
+        mixup: Alpha of mixup; 0 is off.
+        cutmix: Alpha of cutmix; 0 is off.
+        mixup_switch_prob: Probability of cutmix for a batch where both are on.
+        ema_decay: Decay per step of the moving average of the weights. The average is what is validated and tested;
+            a checkpoint holds it as ``state_dict`` and the raw weights beside it. None keeps no average.
+    """
+
+    monitor = "val/accuracy"  # what the best checkpoint is best in
+    monitor_mode = "max"
+
+    def __init__(
+            self,
+            backbone: str = "biformer_tiny",
+            num_classes: int = 1000,
+            class_names: list[str] | None = None,
+            pretrained: bool = False,
+            checkpoint_path: str | None = None,
+            model_args: dict[str, Any] | None = None,
+            in_chans: int = 3,
+            drop_path_rate: float | None = None,
+            lr: float = 1e-3,
+            weight_decay: float = 0.05,
+            betas: tuple[float, float] = (0.9, 0.999),
+            layer_decay: float | None = None,
+            warmup_epochs: float = 5.0,
+            min_lr: float = 1e-5,
+            label_smoothing: float = 0.1,
+            mixup: float = 0.0,
+            cutmix: float = 0.0,
+            mixup_switch_prob: float = 0.5,
+            ema_decay: float | None = None,
+    ):
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"classification needs at least 2 classes, got {num_classes}")
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"{len(class_names)} class names were given for {num_classes} classes")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}")
+        self.save_hyperparameters()
+        self.args: Any = self.hparams  # what the constructor was given, by name
+        args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
+        if drop_path_rate is not None:
+            args["drop_path_rate"] = drop_path_rate
+        self.model = _create_model(backbone, pretrained, checkpoint_path, args)
+        self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
+        metrics = MetricCollection({
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
+        })
+        self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.num_tested = SumMetric()
+        self._predictions: list[list[Any]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of ``images [B, C, H, W]``."""
+        return self.model(images)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW and its schedule, stepped once an optimiser step."""
+        args = self.args
+        optimizer = adamw(self.model, args.lr, args.weight_decay, args.betas, args.layer_decay)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
+        epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        schedule = cosine_with_warmup(
+            optimizer, int(steps), round(args.warmup_epochs * epoch_steps), args.min_lr / args.lr if args.lr else 0.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The moving average of the weights, while fitting."""
+        if self.args.ema_decay is None or self.trainer.state.fn != "fit":
+            return []
+        try:
+            from lightning.pytorch.callbacks import EMAWeightAveraging
+        except ImportError:
+            raise ValueError("ema_decay needs lightning 2.6 or newer: pip install -U lightning") from None
+        return [EMAWeightAveraging(decay=self.args.ema_decay)]
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds by the run's seed and the epoch, so that a resumed run draws what an uninterrupted one would have."""
+        if "PL_GLOBAL_SEED" in os.environ:  # set by seed_everything
+            seed = np.random.SeedSequence([int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, self.global_rank])
+            torch_seed, numpy_seed, python_seed = (int(value) for value in seed.generate_state(3))
+            torch.manual_seed(torch_seed)
+            np.random.seed(numpy_seed)
+            random.seed(python_seed)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Loss of one batch, mixed if asked for."""
+        images, targets = self.mix(*batch) if self.mix else batch
+        loss = cross_entropy(self(images), targets, label_smoothing=self.args.label_smoothing)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images),
+                 sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Adds one batch to the validation metrics."""
+        self._evaluate("val", self.val_metrics, self.val_loss, *batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Adds one batch to the test metrics."""
+        self._evaluate("test", self.test_metrics, self.test_loss, *batch)
+        self.num_tested.update(len(batch[0]))
+
+    def on_test_epoch_end(self) -> None:
+        """Writes ``test_metrics.json`` into the run folder."""
+        metrics: dict[str, Any] = {
+            key.removeprefix("test/"): round(value.item(), 6) for key, value in self.test_metrics.compute().items()}
+        metrics |= {
+            "loss": round(self.test_loss.compute().item(), 6),
+            "num_images": int(self.num_tested.compute()),
+            "num_classes": self.args.num_classes,
+            "backbone": self.args.backbone,
+        }
+        self.num_tested.reset()
+        if self.trainer.is_global_zero:
+            path = Path(self.trainer.default_root_dir, "test_metrics.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(metrics, indent=2) + "\n")
+            rank_zero_info(f"Test metrics are in {path}")
+
+    def predict_step(self, batch: tuple[Tensor, list[str]]) -> Tensor:
+        """Probabilities ``[B, classes]`` of one batch of images with their names."""
+        images, names = batch
+        probabilities = self(images).softmax(dim=1)
+        best, classes = probabilities.topk(min(5, self.args.num_classes), dim=1)
+        for name, *row in zip(names, classes.tolist(), best.tolist(), strict=True):
+            self._predictions.append([name, *row])
+        return probabilities
+
+    def on_predict_epoch_end(self) -> None:
+        """Writes ``predictions.csv`` into the run folder: an image a row, its five most probable classes beside it."""
+        rows, self._predictions = self._predictions, []
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, rows)
+            # The sampler repeats images to give every process as many.
+            rows = sorted({row[0]: row for part in gathered for row in part}.values())
+        if not self.trainer.is_global_zero:
+            return
+        names = self.args.class_names or [str(label) for label in range(self.args.num_classes)]
+        path = Path(self.trainer.default_root_dir, "predictions.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            ranks = range(1, 1 + min(5, self.args.num_classes))
+            more = [f"{column}_{rank}" for rank in ranks[1:] for column in ("class", "probability")]
+            writer.writerow(["file", "class", "probability", *more])
+            for name, classes, probabilities in rows:
+                pairs = zip(classes, probabilities, strict=True)
+                writer.writerow([name, *(x for label, p in pairs for x in (names[label], f"{p:.6f}"))])
+        rank_zero_info(f"Predictions of {len(rows)} images are in {path}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes a checkpoint stand alone: rebuilding from it needs neither a download nor the file it started from."""
+        checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint_path": None}
+
+    def _evaluate(
+            self, split: str, metrics: MetricCollection, loss: MeanMetric, images: Tensor, labels: Tensor) -> None:
+        logits = self(images)
+        loss.update(cross_entropy(logits, labels), weight=len(labels))
+        metrics.update(logits, labels)
+        self.log_dict(metrics, prog_bar=split == "val")
+        self.log(f"{split}/loss", loss, prog_bar=split == "val")
+
+
+def _create_model(backbone: str, pretrained: bool, checkpoint_path: str | None, args: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(backbone.split(".")[0]) and ":" not in backbone:
+        close = get_close_matches(backbone, timm.list_models(), n=5)
+        raise ValueError(f"there is no model {backbone!r}" + (f"; similar names: {', '.join(close)}" if close else ""))
+    if checkpoint_path is None:
+        return _timm_model(backbone, pretrained=pretrained, **args)
+    if pretrained:
+        raise ValueError("pretrained and checkpoint_path were both given; choose one to start from")
+    state_dict, run = read_checkpoint(checkpoint_path)
+    overlay: dict[str, Any] = {"state_dict": state_dict}
+    if run is not None:
+        if run["backbone"] != backbone:
+            raise ValueError(f"{checkpoint_path} is of the model {run['backbone']}, not {backbone}")
+        overlay |= {"num_classes": run["num_classes"], "input_size": (run["in_chans"], 224, 224)}
+    model: Any = _timm_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+    model.pretrained_cfg["state_dict"] = None  # timm would keep the tensors for good
+    return model
+
+
+def _timm_model(backbone: str, **args: Any) -> nn.Module:
+    try:
+        return timm.create_model(backbone, **args)
+    except TypeError as error:  # most often an argument that the model does not have
+        raise ValueError(f"{backbone} does not take these model_args: {error}") from error
+
+
+def _mixing(mixup: float, cutmix: float, switch_prob: float, num_classes: int) -> v2.Transform | None:
+    """Takes ``(images, labels)`` to mixed images and soft targets ``[B, classes]``."""
+    if mixup and cutmix:
+        return v2.RandomChoice(
+            [v2.MixUp(alpha=mixup, num_classes=num_classes), v2.CutMix(alpha=cutmix, num_classes=num_classes)],
+            p=[1 - switch_prob, switch_prob])
+    if mixup:
+        return v2.MixUp(alpha=mixup, num_classes=num_classes)
+    return v2.CutMix(alpha=cutmix, num_classes=num_classes) if cutmix else None

@@ -1,0 +1,203 @@
+"""``visionattn fit|validate|test|predict``: LightningCLI with run folders.
+
+A run folder is the trainer's ``default_root_dir``. ``fit`` fills it with ``config.yaml``, ``metrics.csv`` and
+``checkpoints/{best,last}.ckpt``; the other commands find the checkpoints there and add what they measured.
+"""
+import argparse
+import csv
+import logging
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning_utilities.core.imports import RequirementCache
+
+from .. import data  # noqa: F401  (DigitsData and ImageFolderData may be named without their module)
+from ..checkpoint import read_checkpoint
+from . import ClassificationTask  # noqa: F401  (the same for the tasks)
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> None:
+    """Runs ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        argv: The command and its options, as they come from the shell.
+
+    Raises:
+        argparse.ArgumentError: The options or the configuration cannot be read; the message is one line.
+        ValueError: The data or a checkpoint is wrong; the message is one line.
+        FileNotFoundError: A file that the configuration names does not exist.
+    """
+    _silence()
+    try:
+        _RunCLI(
+            pl.LightningModule, pl.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True}, seed_everything_default=0, auto_configure_optimizers=False,
+            load_from_checkpoint_support=False, parser_kwargs={"prog": "visionattn"}, args=argv)
+    except argparse.ArgumentError as error:
+        raise argparse.ArgumentError(None, _parsing_fault(str(error))) from error
+
+
+class _RunCLI(LightningCLI):
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**kwargs | {"exit_on_error": False})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in ("num_classes", "class_names"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would put the checkpoint's hyper-parameters over the configuration; ours are compared with it."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = f"runs/{time.strftime('%Y-%m-%d-%H%M%S')}"
+        run = Path(config.trainer.default_root_dir)
+        self._ckpt_path = _find_checkpoint(str(self.subcommand), config.ckpt_path, run, config.model.init_args)
+        config.ckpt_path = None  # config.yaml describes the run, not how it was resumed
+        self._config_to_save = self.config.clone()
+        if self._ckpt_path:
+            # The weights come from the checkpoint: nothing to download or read before.
+            for key, value in {"pretrained": False, "checkpoint_path": None}.items():
+                if key in config.model.init_args:
+                    config.model.init_args[key] = value
+        elif self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_process():
+            # What a run leaves that died in its first epoch is no reason to stop.
+            results = ("checkpoints/*.ckpt", "test_metrics.json", "predictions.csv")
+            found = [str(path.relative_to(run)) for pattern in results for path in sorted(run.glob(pattern))]
+            if found:
+                raise ValueError(f"{run} already holds a run ({', '.join(found)}): go on with it by --ckpt_path last, "
+                                 "or choose another folder by --trainer.default_root_dir")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raised in a report on the types it tried.
+            raise error.__cause__ or error from None
+
+    def after_instantiate_classes(self) -> None:
+        if self._ckpt_path:
+            _check_checkpoint(self._ckpt_path, self.model)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self._ckpt_path}
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self.config_init[self.subcommand].trainer
+        run, fitting = Path(config.default_root_dir), self.subcommand == "fit"
+        if not fitting:
+            # What they measure goes into files of its own; metrics.csv and config.yaml stay those of the training.
+            self.save_config_callback = None
+            return super().instantiate_trainer(logger=False, **kwargs)
+        self.config = self._config_to_save
+        callbacks = list(config.callbacks or [])
+        if config.logger is None or config.logger is True:
+            kwargs["logger"] = [(_ResumedCSVLogger if self._ckpt_path else CSVLogger)(run, name="", version="")]
+            if RequirementCache("tensorboard") or RequirementCache("tensorboardX"):
+                kwargs["logger"].append(TensorBoardLogger(run, name="", version="tensorboard"))
+        if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            common: dict[str, Any] = dict(
+                dirpath=run / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
+            monitor, mode = getattr(self.model, "monitor", None), getattr(self.model, "monitor_mode", "min")
+            if monitor is not None:
+                callbacks.append(ModelCheckpoint(**common, filename="best", monitor=monitor, mode=mode))
+            callbacks.append(ModelCheckpoint(**common, filename="last"))
+        if config.logger is not False and not any(isinstance(c, LearningRateMonitor) for c in callbacks):
+            callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+
+class _ResumedCSVLogger(CSVLogger):
+    """Goes on in the ``metrics.csv`` that the run has, where Lightning's would begin it anew."""
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None and _is_first_process():
+            path = Path(self.log_dir, ExperimentWriter.NAME_METRICS_FILE)
+            rows: list[dict[str, Any]] = []
+            if path.exists():
+                with path.open(newline="") as file:
+                    rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+            writer = super().experiment  # removes the file
+            writer.metrics = rows
+            writer.save()
+        return super().experiment
+
+
+def _is_first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _find_checkpoint(command: str, wanted: str | None, run: Path, model_args: Any) -> str | None:
+    """The file that ``best``, ``last`` or a path means; what evaluation uses if none is named."""
+    if wanted in ("best", "last"):
+        path = run / "checkpoints" / f"{wanted}.ckpt"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no checkpoint {path} (the run folder is trainer.default_root_dir)")
+        return str(path)
+    if wanted:
+        if not Path(wanted).is_file():
+            raise FileNotFoundError(f"checkpoint {wanted} does not exist (give best, last or a path)")
+        return wanted
+    if command == "fit":
+        return None
+    path = run / "checkpoints" / "best.ckpt"
+    if path.is_file():
+        rank_zero_info(f"No --ckpt_path was given: using {path}")
+        return str(path)
+    if model_args.get("pretrained") or model_args.get("checkpoint_path"):
+        return None
+    raise ValueError(f"there is nothing to {command}: {path} does not exist; give --ckpt_path, or set the model's "
+                     "pretrained or checkpoint_path")
+
+
+def _check_checkpoint(path: str, model: pl.LightningModule) -> None:
+    """Complains if the checkpoint cannot be read or is of another model or of other classes."""
+    _, saved = read_checkpoint(path)
+    if saved is None:
+        raise ValueError(f"{path} is not the checkpoint of a training run; weights alone go to the model's "
+                         "checkpoint_path")
+    for key in ("backbone", "num_classes", "in_chans", "class_names"):
+        theirs, ours = saved.get(key), model.hparams.get(key)
+        if None not in (theirs, ours) and theirs != ours:
+            raise ValueError(f"{path} is of another model: its {key} is {theirs}, the configuration's is {ours}")
+
+
+def _parsing_fault(message: str) -> str:
+    """What jsonargparse says is wrong, on one line and without the types it tried."""
+    text = " ".join(message.split())
+    tried = re.match(r'Parser key "(?P<key>[^"]+)": .* Errors: - (?P<fault>.*?)( - |$)', text)
+    if not tried:
+        return text
+    fault, key = tried["fault"], tried["key"]
+    of_class = re.match(r"Problem with given class_path '(?P<name>[^']+)': (?P<fault>.*)", fault)
+    if of_class:
+        name = of_class["name"].rpartition(".")[2]
+        return f"{key}: {name}: {of_class['fault']} (visionattn fit --{key}.help {name} lists its options)"
+    value = text.rpartition("Given value: ")[2]
+    return f"{key}: {fault}, got {value}"
+
+
+def _silence() -> None:
+    """Hides what our users can do nothing about; nothing else."""
+    for message in (".*jsonargparse.*", ".*add_instantiator.*", ".*instantiate_classes.*", ".*skip_none.*"):
+        warnings.filterwarnings("ignore", message, DeprecationWarning)
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
+    warnings.filterwarnings("ignore", r".*treespec, LeafSpec.*")
+    # Advertisements and a list of accelerators that this machine does not have.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not str(record.msg).startswith(("💡", "TPU available")))
+    warnings.filterwarnings("ignore", "(Experiment logs|Checkpoint) directory .* exists and is not empty")
