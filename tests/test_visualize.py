@@ -1,0 +1,46 @@
+"""Pictures of routes."""
+import pytest
+import timm
+import torch
+
+from visionattn.layers import BiLevelRoutingAttention
+from visionattn.visualize import draw_routes, find_routes
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("test_biformer", {}), ("biformer_stl_nchw", {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 96, 128)})])
+@pytest.mark.parametrize("size", [(96, 96), (70, 101)])
+def test_routes_are_those_that_the_layer_takes(name, options, size):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **options).train()
+    layers = [module for module in model.modules() if isinstance(module, BiLevelRoutingAttention)]
+    images = torch.randn(2, 3, *size)
+    for number in (0, -1):
+        routes = find_routes(model, images, number)
+        regions = routes.grid[0] * routes.grid[1]
+        assert routes.table.shape == (2, regions, min(layers[number].topk, regions))
+        assert routes.table.max() < regions
+        # The grid covers the image, and not more than padding it explains.
+        for cells, cell, length in zip(routes.grid, routes.region, size, strict=True):
+            assert cells * cell >= length - 32
+    assert model.training
+    with pytest.raises(ValueError, match="there is no layer 99"):
+        find_routes(model, images, 99)
+
+
+def test_models_without_routes_are_refused():
+    with pytest.raises(ValueError, match="has 0 layers of bi-level routing attention"):
+        find_routes(timm.create_model("test_dinat"), torch.randn(1, 3, 64, 64))
+
+
+def test_picture(tmp_path):
+    """The tint is where the best-ranked region is, and nowhere that was not routed to."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_biformer", num_classes=3)
+    draw_routes(model, torch.rand(3, 3, 64, 64), tmp_path / "new" / "routes.png", ["a", "b", "c"], layer=0)
+    from matplotlib.image import imread
+
+    picture = imread(tmp_path / "new" / "routes.png")[..., :3]
+    spread = picture.max(axis=-1) - picture.min(axis=-1)
+    assert (spread > 0.3).mean() > 0.01  # coloured, on a grey image
+    assert (spread < 0.05).mean() > 0.2
