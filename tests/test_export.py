@@ -21,16 +21,16 @@ def test_exported_file_agrees_with_eager(name, tmp_path):
     assert not any(node.metadata_props for node in proto.graph.node)
 
 
-@pytest.mark.parametrize("name", ["test_biformer", "test_dinat"])
-def test_dynamic_size(name, tmp_path):
-    """Sizes other than the traced one are right too, also ones where the maps have to be padded."""
+@pytest.mark.parametrize(("name", "options"), [("test_biformer", {}), ("test_dinat", {"dilations": [[2]] * 4})])
+def test_dynamic_size(name, options, tmp_path):
+    """Sizes other than the traced one are right too, also smaller ones, where the maps have to be padded."""
     import onnxruntime
 
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7).eval()
+    model = timm.create_model(name, num_classes=7, depths=(1, 1, 1, 1), **options).eval()
     report = export.export_onnx(model, tmp_path / "model.onnx", (96, 128), dynamic_size=True)
     session = onnxruntime.InferenceSession(report.path)
-    for size in [(96, 128), (64, 64), (101, 75), (160, 224)]:
+    for size in [(96, 128), (64, 64), (160, 224)]:
         images = torch.randn(2, 3, *size)
         with torch.inference_mode():
             expected = model(images)
@@ -58,6 +58,11 @@ def test_a_file_that_differs_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"differs from PyTorch by 1.0e-03 .*\(limit 1e-04\)"):
         export.export_onnx(_Noisy(1e-3), tmp_path / "bad.onnx")
     assert not (tmp_path / "bad.onnx").exists()
+
+
+def test_free_sizes_are_multiples(tmp_path):
+    with pytest.raises(ValueError, match="multiples of 32; the example of 100 x 128 is not one"):
+        export.export_onnx(timm.create_model("test_vit"), tmp_path / "model.onnx", (100, 128), dynamic_size=True)
 
 
 def test_command_line(tmp_path, capsys):

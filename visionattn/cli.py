@@ -22,6 +22,8 @@ _COMMANDS = {
     "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),
     "predict": _Command("visionattn.tasks.run", "classify images: predictions.csv", named=True),
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
+    "bench": _Command("visionattn.bench", "time the ops beside their peers; simulate what windows cost", named=True),
+    "backends": _Command("visionattn.bench", "show which implementation of each op runs here, and why not", named=True),
     "demo": _Command("visionattn.demo", "train, test, export and look at a small BiFormer on digits"),
 }
 _LIST_HELP = "show the models with their parameters and image size"

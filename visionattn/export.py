@@ -1,7 +1,7 @@
 """``visionattn export``: a model as an ONNX file of standard operators, checked with onnxruntime before it is kept.
 
 The file takes ``images [batch, channels, height, width]`` (normalised as in training) and gives ``logits``. The batch
-size is free; height and width are too with ``--dynamic-size``.
+size is free; with ``--dynamic-size`` height and width are too, in multiples of 32.
 """
 import argparse
 import copy
@@ -16,6 +16,7 @@ from .checkpoint import create_model
 __all__ = ["ExportReport", "export_onnx"]
 
 OPSET = 20
+MULTIPLE, MOST = 32, 4096  # of free image sizes: multiples of the one, up to the other
 TOLERANCE = 1e-4  # largest difference from eager, as a share of the largest logit
 _IMAGES = 3  # images per check batch beyond the first; batches of 1 and of 1 + _IMAGES are run
 
@@ -40,10 +41,11 @@ def export_onnx(
         model: A classifier from timm; it is copied, put in eval mode and exported in float32 from the CPU.
         out: The file to write. It is removed again if the check fails.
         image_size: Height and width of the images; None takes the model's own.
-        dynamic_size: Leave height and width free as well; then two more sizes are checked.
+        dynamic_size: Leave height and width free as well, in multiples of 32; then two more sizes are checked.
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
+        ValueError: ``dynamic_size`` with an ``image_size`` that is no multiple of 32.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
             onnxruntime's answers differ from eager's by more than 1e-4 of the logits' scale.
     """
@@ -59,9 +61,13 @@ def export_onnx(
     config: Any = model.pretrained_cfg
     channels, *default_size = config["input_size"]
     size = tuple(image_size or default_size)
-    free = {0: torch.export.Dim("batch")}
+    free: dict[int, Any] = {0: torch.export.Dim("batch")}
     if dynamic_size:
-        free |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+        if any(side % MULTIPLE for side in size):
+            raise ValueError(f"free sizes are multiples of {MULTIPLE}; the example of {size[0]} x {size[1]} is not one")
+        # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
+        rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
+        free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
     try:
         program = torch.onnx.export(
             model, (torch.randn(2, channels, *size),), dynamo=True, opset_version=OPSET, verbose=False,
@@ -97,7 +103,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pretrained", action="store_true", help="the authors' weights, downloaded")
     parser.add_argument("--num-classes", type=int, help="classes of the checkpoint or of a fresh head")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="height and width, or one number for both")
-    parser.add_argument("--dynamic-size", action="store_true", help="leave height and width free")
+    parser.add_argument("--dynamic-size", action="store_true", help="leave height and width free, in multiples of 32")
     parser.add_argument("--out", default="model.onnx", metavar="FILE")
     args = parser.parse_args(argv)
     size = None

@@ -95,7 +95,7 @@ def draw_routes(
     panels_across = min(len(images), 4)
     panels_down = -(-len(images) // panels_across)
     figure = Figure(figsize=(2.6 * panels_across, 2.9 * panels_down + 0.5), layout="constrained")
-    figure.suptitle("dashed: a query region; tinted: the regions it attends to, best first", fontsize=10)
+    figure.suptitle("dashed: a query region; tinted: the regions it attends to, the best one most", fontsize=10)
     for number, (image, title) in enumerate(zip(pixels, titles, strict=True)):
         axes = figure.add_subplot(panels_down, panels_across, number + 1)
         axes.imshow(image.mean(dim=-1), cmap="gray", vmin=0, vmax=1)
@@ -106,7 +106,7 @@ def draw_routes(
         for rank, region in enumerate(routes.table[number, query].tolist()):
             corner = region % columns * width - 0.5, region // columns * height - 0.5
             axes.add_patch(Rectangle(corner, width, height, facecolor="tab:orange", edgecolor="tab:orange",
-                                     alpha=0.75 - 0.5 * rank / topk))
+                                     alpha=0.6 - 0.35 * rank / topk))
         corner = query % columns * width - 0.5, query // columns * height - 0.5
         axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="deepskyblue", linewidth=2.5,
                                  linestyle="--"))

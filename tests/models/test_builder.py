@@ -7,6 +7,7 @@ import torch
 from timm.models import save_for_hf
 
 from tests import golden
+from tests.models import SAFETENSORS
 from visionattn.models._builder import CheckpointError, build_model
 
 NAME = "test_biformer"
@@ -40,7 +41,7 @@ class TestWhatFits:
 
     def test_saved_for_the_hub(self, tmp_path, weights):
         model = timm.create_model(NAME, num_classes=7)
-        save_for_hf(model, tmp_path, safe_serialization=True)
+        save_for_hf(model, tmp_path, safe_serialization=SAFETENSORS)
         again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
         assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
 

@@ -18,6 +18,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import visionattn
+from tests.models import SAFETENSORS
 
 SMALL = {
     "test_biformer": {},
@@ -324,8 +325,8 @@ def test_under_a_meta_default_device(name):
 @torch.no_grad()
 def test_round_trip_through_a_folder(name, tmp_path):
     model = make(name)
-    save_for_hf(model, str(tmp_path), model_args=SMALL[name], safe_serialization=True)
-    assert not list(tmp_path.glob("*.bin"))
+    save_for_hf(model, str(tmp_path), model_args=SMALL[name], safe_serialization=SAFETENSORS)
+    assert bool(list(tmp_path.glob("*.safetensors"))) == SAFETENSORS
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert torch.equal(again(images()), model(images()))
 

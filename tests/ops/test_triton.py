@@ -6,17 +6,21 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from visionattn.ops import neighborhood_attention, routed_attention
 
-pytest.importorskip("triton", reason="Triton has no build for this platform")
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+if not torch.cuda.is_available() and triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    pytest.skip("the interpreter of Triton before 3.7 fails on loops with numpy 2.4", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
     """Fresh tensors hold NaN instead of whatever was there."""
+    torch.utils._device._device_constructors()  # a list that torch makes once: of the real functions, not of ours
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(x):
@@ -110,8 +114,8 @@ def test_neighborhood_reads_views_of_a_fused_projection():
 
 def test_gradients_are_the_same_from_run_to_run():
     torch.manual_seed(0)
-    inputs = [x.requires_grad_() for x in _neighborhood_inputs((9, 11), 2, 16, (5, 5), True, batch=3)]
-    runs = [torch.autograd.grad(neighborhood_attention(*inputs[:3], 5, bias=inputs[3], backend="triton").sum(), inputs)
+    inputs = [x.requires_grad_() for x in _neighborhood_inputs((9, 9), 1, 16, (3, 3), True, batch=2)]
+    runs = [torch.autograd.grad(neighborhood_attention(*inputs[:3], 3, bias=inputs[3], backend="triton").sum(), inputs)
             for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

@@ -5,6 +5,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..ops import neighborhood_attention
+from ..ops.dispatch import exporting
 
 __all__ = ["NeighborhoodAttention2d"]
 
@@ -89,9 +90,9 @@ class NeighborhoodAttention2d(nn.Module):
 @torch.jit.ignore
 def _pad_to(x: Tensor, size: int) -> Tensor:
     """Pads a map with zeros at the bottom and the right, to ``size`` tokens per axis at least."""
-    pad_h = torch.sym_max(size - x.shape[1], 0)
-    pad_w = torch.sym_max(size - x.shape[2], 0)
     # A symbolic size (export) must not be compared: the answer would hold for the example's size only.
+    larger = torch.sym_max if exporting() else max
+    pad_h, pad_w = larger(size - x.shape[1], 0), larger(size - x.shape[2], 0)
     if isinstance(pad_h, int) and isinstance(pad_w, int) and pad_h == pad_w == 0:
         return x
     return F.pad(x, (0, 0, 0, pad_w, 0, pad_h))  # type: ignore[arg-type]

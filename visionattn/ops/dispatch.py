@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-__all__ = ["Backend", "BackendError", "Op", "explain", "use_backend"]
+import torch
+
+__all__ = ["Backend", "BackendError", "Op", "chosen", "explain", "exporting", "use_backend"]
 
 
 class BackendError(ValueError):
@@ -79,9 +81,26 @@ _requested: tuple[str, ...] = ()
 
 def explain(op: str, problem: Any) -> list[tuple[str, bool, str]]:
     """Returns ``(backend, can it, why not)`` for every backend of the op called ``op``, most preferred first."""
+    return _find(op).explain(problem)
+
+
+def chosen(op: str, problem: Any) -> str:
+    """Returns the name of the backend that the op called ``op`` runs if the call asks for none."""
+    return _find(op).choose(problem).name
+
+
+def _find(op: str) -> Op:
     if op not in _OPS:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(_OPS)}")
-    return _OPS[op].explain(problem)
+    return _OPS[op]
+
+
+def exporting() -> bool:
+    """Whether an op is being written into an exported graph, which is to hold standard operators only.
+
+    (PyTorch 2.11 says that it exports whenever Dynamo traces, for torch.compile too.)
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 @contextmanager

@@ -4,14 +4,17 @@ import os
 
 import torch
 
+from .dispatch import exporting
+
 __all__ = ["automatic", "supports"]
 
+_INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace the search
 _MAX_DIM = 256
 
 
 def supports(problem) -> tuple[bool, str]:
     """What the kernels of all ops need: Triton, a device it compiles for (or its interpreter), dtypes, head dims."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return False, "triton is not installed"
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     if problem.device != "cuda" and not (interpreting and problem.device == "cpu"):
@@ -22,7 +25,7 @@ def supports(problem) -> tuple[bool, str]:
         return False, "triton's interpreter computes bfloat16 wrongly"
     if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
         return False, f"the triton kernels take head dims up to {_MAX_DIM}"
-    if torch.compiler.is_exporting():
+    if exporting():
         return False, "an exported graph is made of standard operators"
     return True, ""
 

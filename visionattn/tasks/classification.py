@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import timm
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -126,10 +127,6 @@ class ClassificationTask(pl.LightningModule):
         """The moving average of the weights, while fitting."""
         if self.args.ema_decay is None or self.trainer.state.fn != "fit":
             return []
-        try:
-            from lightning.pytorch.callbacks import EMAWeightAveraging
-        except ImportError:
-            raise ValueError("ema_decay needs lightning 2.6 or newer: pip install -U lightning") from None
         return [EMAWeightAveraging(decay=self.args.ema_decay)]
 
     def on_train_epoch_start(self) -> None:

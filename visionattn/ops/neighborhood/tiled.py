@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dispatch import exporting
 from .slab import slab_attention
 
 __all__ = ["run", "supports"]
@@ -42,7 +43,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """The public function with every argument explicit; returns the output and, if asked for, the log-sum-exp."""
     plain = max(stride) == 1 and not any(is_causal) and additional_keys is None and not return_lse
-    if plain and q.ndim <= 5 and q.device.type in ("cpu", "meta") and not torch.compiler.is_exporting():
+    if plain and q.ndim <= 5 and q.device.type in ("cpu", "meta") and not exporting():
         return _run_slab(q, k, v, kernel_size, dilation, bias, scale), None
 
     compute = torch.promote_types(q.dtype, torch.float32)

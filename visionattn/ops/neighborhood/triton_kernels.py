@@ -134,13 +134,24 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.visionattn.neighborhood_triton)
-def _forward_flops(q, k, v, bias, kernel_size, *args, **kwargs) -> int:
-    return 2 * math.prod(q[:-1]) * math.prod(kernel_size) * (q[-1] + v[-1])
+def _forward_flops(q, k, v, bias, kernel_size, dilation, stride, is_causal, *args, **kwargs) -> int:
+    return 2 * _pairs(q, kernel_size, dilation, stride, is_causal) * (q[-1] + v[-1])
 
 
 @register_flop_formula(torch.ops.visionattn.neighborhood_triton_backward)
-def _backward_flops(grad, grad_lse, q, k, v, bias, out, lse, kernel_size, *args, **kwargs) -> int:
-    return 2 * math.prod(q[:-1]) * math.prod(kernel_size) * (3 * q[-1] + 2 * v[-1])
+def _backward_flops(
+        grad, grad_lse, q, k, v, bias, out, lse, kernel_size, dilation, stride, is_causal, *args, **kwargs,
+) -> int:
+    return 2 * _pairs(q, kernel_size, dilation, stride, is_causal) * (3 * q[-1] + 2 * v[-1])
+
+
+def _pairs(q_shape, *options) -> int:
+    """Number of query-key pairs."""
+    pairs = q_shape[0] * q_shape[-2]
+    for length, kernel, dilation, stride, causal in zip(q_shape[1:-2], *options, strict=True):
+        members = [(length - residue + dilation - 1) // dilation for residue in range(dilation)]
+        pairs *= sum(end - start for n in members for start, end in _windows(n, kernel, stride, causal))
+    return pairs
 
 
 # --- Launch parameters ------------------------------------------------------------------------------------------------
@@ -194,19 +205,22 @@ def _halos(length: int, kernel: int, dilation: int, stride: int, causal: bool, t
     """Widest box of keys of a query tile, and widest box of queries of a key tile, over the tiles of one axis."""
     forward = inverse = 1
     for n in {length // dilation, -(-length // dilation)} - {0}:
-        windows = []
-        for i in range(n):
-            if causal:
-                windows.append((max(min(i // stride * stride + stride - 1, n - 1) - kernel + 1, 0), i + 1))
-            else:
-                start = min(max(min(i // stride * stride + stride // 2, n - 1) - kernel // 2, 0), n - kernel)
-                windows.append((start, start + kernel))
+        windows = _windows(n, kernel, stride, causal)
         for first in range(0, n, tile):
             last = min(first + tile, n) - 1
             forward = max(forward, windows[last][1] - windows[first][0])
             seen_by = [i for i, (start, end) in enumerate(windows) if start <= last and end > first]
             inverse = max(inverse, seen_by[-1] - seen_by[0] + 1)
     return forward, inverse
+
+
+def _windows(n: int, kernel: int, stride: int, causal: bool) -> list[tuple[int, int]]:
+    """First key and end (exclusive) of the window of every member of a class of ``n``."""
+    if causal:
+        return [(max(min(i // stride * stride + stride - 1, n - 1) - kernel + 1, 0), i + 1) for i in range(n)]
+    leaders = (min(i // stride * stride + stride // 2, n - 1) for i in range(n))
+    starts = (min(max(leader - kernel // 2, 0), n - kernel) for leader in leaders)
+    return [(start, start + kernel) for start in starts]
 
 
 def _fold_bias(scores: Tensor, tile: tuple[int, ...], kernel_size: tuple[int, ...], box: list[int]) -> Tensor:

@@ -128,7 +128,7 @@ def _check_routes(routes: Tensor, q: Tensor, grid: tuple[int, int], route_weight
     if route_weights is not None and route_weights.shape != routes.shape:
         raise ValueError(f"route_weights must have the shape of routes, {list(routes.shape)}, got "
                          f"{list(route_weights.shape)}")
-    if routes.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if routes.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = routes.aminmax()
         if low < 0 or high >= regions:
             raise ValueError(f"routes must be region numbers 0 to {regions - 1}, got {int(low)} to {int(high)}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..dispatch import exporting
 from . import naive
 
 __all__ = ["run", "supports"]
@@ -37,7 +38,7 @@ def run(
         route_weights: Tensor | None,
 ) -> Tensor:
     """The public function with every argument explicit. While exporting, the naive form stands for it."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if exporting() or torch.jit.is_tracing():
         return naive.run(q, k, v, routes, region_size, key_region_size, scale, route_weights)
     return _forward(q, k, v, routes, route_weights, list(region_size), list(key_region_size), scale)
 

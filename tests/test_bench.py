@@ -1,0 +1,255 @@
+"""Measuring and explaining: the simulator against brute force, the table of backends, and the benchmark's rows."""
+import csv
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from visionattn import bench
+from visionattn.cli import main
+from visionattn.ops import neighborhood_attention, use_backend
+from visionattn.ops.neighborhood import naive
+from visionattn.simulate import simulate
+
+TOOLS = Path(__file__).parent.parent / "tools"
+WINDOWS = {
+    # name: size, kernel_size, dilation, stride, is_causal, q_tile, kv_tile
+    "line": ((70,), (7,), (1,), (1,), (False,), (8,), (4,)),
+    "causal line": ((70,), (7,), (3,), (4,), (True,), (16,), (8,)),
+    "plane": ((13, 17), (5, 3), (1, 1), (1, 1), (False, False), (4, 4), (4, 8)),
+    "dilation that does not divide": ((13, 17), (3, 4), (2, 4), (1, 1), (False, False), (4, 2), (2, 4)),
+    "strided": ((14, 20), (6, 7), (2, 1), (3, 7), (False, False), (3, 8), (2, 8)),
+    "strided, causal": ((15, 12), (5, 4), (1, 2), (4, 3), (True, False), (8, 4), (4, 4)),
+    "volume": ((5, 6, 7), (3, 4, 3), (1, 1, 2), (2, 3, 1), (True, False, False), (2, 2, 4), (1, 4, 2)),
+}
+
+
+def brute_force(size, kernel_size, dilation, stride, is_causal, q_tile, kv_tile):
+    """Every query and key of the map one by one: key tiles seen by each query tile, all key tiles, number of pairs."""
+    windows = [naive.axis_windows(*axis) for axis in zip(size, kernel_size, dilation, stride, is_causal, strict=True)]
+
+    def tile(position, shape):
+        return tuple((x % d, x // d // t) for x, d, t in zip(position, dilation, shape, strict=True))
+
+    visits, pairs = {}, 0
+    for query in itertools.product(*map(range, size)):
+        seen = [keys[x][valid[x]].tolist() for x, (keys, _, valid) in zip(query, windows, strict=True)]
+        for key in itertools.product(*seen):
+            visits.setdefault(tile(query, q_tile), set()).add(tile(key, kv_tile))
+            pairs += 1
+    return visits, {tile(key, kv_tile) for key in itertools.product(*map(range, size))}, pairs
+
+
+@pytest.mark.parametrize("problem", WINDOWS.values(), ids=WINDOWS)
+def test_simulation_equals_brute_force(problem):
+    visits, key_tiles, pairs = brute_force(*problem)
+    found = simulate(*problem)
+    visited = sum(map(len, visits.values()))
+    computed = visited * math.prod(found.q_tile) * math.prod(found.kv_tile)
+    assert found.query_tiles == len(visits)
+    assert found.key_tiles == len(key_tiles)
+    assert found.visited == visited
+    assert found.most == max(map(len, visits.values()))
+    assert found.fraction == visited / (len(visits) * len(key_tiles))
+    assert found.flop_speedup == math.prod(problem[0]) ** 2 / pairs
+    assert found.speedup == math.prod(problem[0]) ** 2 / computed
+    assert found.efficiency == pytest.approx(found.speedup / found.flop_speedup)
+    assert found.perfectly_sparse == (computed == pairs)
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "stride", "q_tile", "kv_tile", "speedup"), [
+    # A stride that is the query tile, windows and maps of whole tiles: perfect, says arXiv 2504.16922.
+    ((256, 256), 80, 16, (16, 16), (16, 8), 10.24),
+    ((30, 48, 80), (18, 24, 24), (16, 8, 8), (2, 8, 8), (2, 8, 8), 100 / 9),
+    ((16, 16), 8, 8, (8, 8), (8, 8), 4.0),  # windows that do not overlap
+    ((64,), 64, 1, (16,), (16,), 1.0),  # the window is the map: plain attention
+])
+def test_perfectly_block_sparse(size, kernel_size, stride, q_tile, kv_tile, speedup):
+    found = simulate(size, kernel_size, 1, stride, False, q_tile, kv_tile)
+    assert found.perfectly_sparse
+    assert found.efficiency == 1
+    assert found.speedup == found.flop_speedup == pytest.approx(speedup)
+
+
+def test_not_perfectly_block_sparse():
+    # One token of stride less, and no window begins where a tile does.
+    found = simulate((256, 256), 80, 1, 15, False, (16, 16), (16, 8))
+    assert not found.perfectly_sparse
+    assert found.speedup < found.flop_speedup
+    # The query tile is ragged: 30 is no multiple of 4.
+    assert not simulate((30, 48, 80), (18, 24, 24), 1, (16, 8, 8), False, (4, 8, 8), (2, 8, 8)).perfectly_sparse
+
+
+def test_simulation_searches_tiles():
+    best = simulate((56, 56), 7)
+    each = [simulate((56, 56), 7, q_tile=q, kv_tile=kv)
+            for q, kv in itertools.product([(8, 8), (4, 16), (16, 4), (8, 16), (16, 8), (16, 16)], repeat=2)]
+    assert best.speedup == max(found.speedup for found in each)
+    assert simulate((56, 56), 7, q_tile=best.q_tile) == best
+    perfect = simulate((256, 256), 80, stride=16)
+    assert (perfect.q_tile, perfect.kv_tile) == ((16, 16), (16, 16))  # the largest of those that are perfect
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--size", "8", "8", "8", "8", "--kernel", "3"], "size must be 1 to 3 positive numbers"),
+    (["--size", "8", "--kernel", "9"], "exceeds the 8 tokens"),
+    (["--size", "8", "8", "--kernel", "3", "3", "3"], "kernel_size has 3 values for 2 spatial axes"),
+    (["--size", "8", "8", "--kernel", "3", "--stride", "4"], "stride must be 1 to kernel_size"),
+    (["--size", "8", "8", "--kernel", "3", "--q-tile", "4"], "q_tile must be 2 positive numbers"),
+])
+def test_simulate_says_what_is_wrong(arguments, message, capsys):
+    assert main(["bench", "simulate", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_simulate_command(capsys):
+    command = "bench simulate --size 30 48 80 --kernel 18 24 24 --stride 16 8 8 --q-tile 2 8 8 --kv-tile 2 8 8"
+    assert main(command.split()) == 0
+    out = capsys.readouterr().out
+    assert "81.00 per query tile (most 81) of 900, 9.00 %" in out
+    assert "11.11 x over dense attention" in out
+    assert "perfectly block sparse  yes" in out
+
+
+def rows_of(table, op):
+    lines = table.split(f"{op} on cpu\n")[1].split("\n\n")[0].splitlines()
+    names, body = lines[0].split(), [line.split() for line in lines[1:] if not line.strip().startswith("(")]
+    return [dict(zip(names, line, strict=True)) for line in body]
+
+
+def test_backends(capsys, monkeypatch):
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["backends"]) == 0
+    table = capsys.readouterr().out
+    assert f"torch {torch.__version__.split('+')[0]}" in table
+    rows = rows_of(table, "neighborhood_attention")
+    assert len(rows) == 8
+    assert all(row["tiled"] == "chosen" and row["naive"] == "yes" and row["triton"].startswith("(") for row in rows)
+    assert "triton compiles for cuda devices, not for cpu" in table
+    assert all(row["gathered"] == "chosen" for row in rows_of(table, "routed_attention"))
+
+
+def test_backends_says_what_was_asked_for(monkeypatch):
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_backend("triton"):
+        rows = rows_of(bench.backend_table(), "neighborhood_attention")
+    single = [row for row in rows if row["dtype"] == "float32"]
+    assert all(row["triton"] == "chosen" and row["tiled"] == "yes" for row in single)
+    half = [row for row in rows if row["dtype"] == "bfloat16"]  # a call would raise
+    assert all("chosen" not in row.values() and row["triton"].startswith("(") for row in half)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A few cases of a millisecond instead of the published shapes."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(bench, "NEIGHBORHOOD", {
+        "plain": bench.Neighborhood((1, 9, 11, 2, 8), kernel_size=3, dilation=2),
+        "biased": bench.Neighborhood((2, 10, 9, 2, 8), kernel_size=5, bias=True),
+        "strided": bench.Neighborhood((1, 9, 11, 2, 8), kernel_size=4, stride=3),
+    })
+    monkeypatch.setattr(bench, "ROUTED", {"routed": bench.Routed((2, 8, 12, 2, 8), region_size=4, topk=2)})
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("op", "case"), [
+    ("neighborhood", "plain"), ("neighborhood", "biased"), ("neighborhood", "strided"), ("routed", "routed")])
+@pytest.mark.filterwarnings("ignore")
+def test_benchmark_times_what_is_right(small, op, case, backward):
+    machine = bench.Machine({}, bytes_per_second=1e9, flops_per_second=1e9)
+    rows = {row["backend"]: row for row in bench.benchmark(
+        op, case, backward, torch.float32, repeat=2, machine=machine)}
+    ours = {"neighborhood": "tiled", "routed": "gathered"}[op]
+    assert set(rows) >= {ours, "naive", "masked_sdpa", "dense_sdpa", "flex"}
+    for name, row in rows.items():
+        timed = bool(row["median_ms"])
+        assert timed == (row["runs"] == 2) == bool(row["peak_mib"])
+        assert not row["note"].startswith("wrong result"), row
+        assert timed or row["note"]
+        assert timed or name in ("natten", "flex")  # the only ones that cannot do all of it on a CPU
+    assert float(rows[ours]["ratio_to_ours"]) == 1
+    assert float(rows["dense_sdpa"]["speedup_over_dense"]) == 1
+    assert "does not support backward on CPU" in rows["flex"]["note"] or not backward
+    problem = (bench.NEIGHBORHOOD if op == "neighborhood" else bench.ROUTED)[case]
+    batch, height, width, heads, dim = problem.shape
+    window = problem.kernel_size**2 if op == "neighborhood" else problem.topk * problem.region_size**2
+    flops = 4 * dim * batch * heads * height * width * window * (3.5 if backward else 1)
+    size = 4 * batch * heads * height * width * dim * (12 if backward else 4)
+    assert float(rows[ours]["flops_ms"]) == pytest.approx(flops / 1e6, rel=1e-3)
+    assert float(rows[ours]["bytes_ms"]) == pytest.approx(size / 1e6, rel=1e-3)
+
+
+def test_a_wrong_result_is_not_timed(small, monkeypatch):
+    def wrong(q, k, v, *options, backend, **more):
+        out = neighborhood_attention(q, k, v, *options, backend=backend, **more)
+        return out * 1.001 if backend == "tiled" else out
+
+    monkeypatch.setattr(bench, "neighborhood_attention", wrong)
+    rows = {row["backend"]: row for row in bench.benchmark("neighborhood", "plain", True, torch.float32, repeat=1)}
+    assert rows["tiled"]["note"] == "wrong result: relative error 1.0e-03"
+    assert rows["tiled"]["runs"] == 0
+    assert rows["tiled"]["median_ms"] == rows["tiled"]["peak_mib"] == ""
+    assert rows["naive"]["median_ms"]
+
+
+@pytest.mark.parametrize("op", ["neighborhood", "routed"])
+def test_head_by_head_is_the_same(small, monkeypatch, op):
+    # Only naive is split, and only above the limit; the others are compared with its result either way.
+    monkeypatch.setattr(bench, "_GATHER_LIMIT", 1)
+    case = {"neighborhood": "biased", "routed": "routed"}[op]
+    rows = {row["backend"]: row for row in bench.benchmark(op, case, True, torch.float32, repeat=1)}
+    assert rows["naive"]["note"] == "head by head"
+    assert not any(row["note"].startswith("wrong") for row in rows.values())
+
+
+def test_peers_that_hold_all_scores_are_left_out(small, monkeypatch):
+    monkeypatch.setattr(bench, "_SCORES_LIMIT", 9 * 11 * 9 * 11)  # dense attention holds none: it stays
+    rows = {row["backend"] for row in bench.benchmark("neighborhood", "plain", False, torch.float32, repeat=1)}
+    assert rows == {"tiled", "naive", "dense_sdpa"}
+
+
+def test_bench_ops_writes_a_table_and_a_picture(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "GROUPS", {"scaling": ["plain", "strided"]})
+    monkeypatch.setattr(bench, "measure_machine", lambda device, dtype: bench.Machine({
+        "machine": "a CPU", "threads": 1, "torch": "2", "date": "2000-01-01"}, 1e9, 1e9))
+    monkeypatch.setattr(bench, "_GATHER_LIMIT", 2**31)
+    out = tmp_path / "new" / "ops.csv"
+    assert main(["bench", "ops", "--ops", "neighborhood", "--cases", "scaling", "--directions", "forward",
+                 "--threads", "1", "--repeat", "1", "--plot", "--out", str(out)]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert {(row["case"], row["backend"]) for row in rows} >= {("plain", "tiled"), ("strided", "naive")}
+    assert {row["machine"] for row in rows} == {"a CPU"}
+    assert out.with_name("ops_scaling.png").stat().st_size > 10000
+    # The tables of docs/kernels.md are made of such a file.
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- measured tables -->\nold\n<!-- end of measured tables -->\nafter\n")
+    subprocess.run([sys.executable, TOOLS / "write_measured_tables.py", out, page], check=True)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- measured tables -->\n")
+    assert text.endswith("<!-- end of measured tables -->\nafter\n")
+    assert "old" not in text
+    assert "a CPU" in text
+    tiled = next(row for row in rows if (row["case"], row["backend"]) == ("plain", "tiled"))
+    assert tiled["median_ms"] in text
+
+
+def test_bench_ops_refuses_what_it_cannot_do(capsys):
+    for arguments in (["--cases", "no_such_case"], ["--ops", "routed", "--cases", "56x56"]):
+        with pytest.raises(SystemExit):
+            main(["bench", "ops", *arguments])
+    error = capsys.readouterr().err
+    assert "no_such_case" in error
+    assert "no case of the chosen ops has that name" in error
+
+
+def test_the_tool_is_the_command():
+    done = subprocess.run([sys.executable, TOOLS / "benchmark_ops.py", "--help"], text=True, capture_output=True,
+                          check=True, cwd=TOOLS.parent, env=os.environ | {"PYTHONPATH": str(TOOLS.parent)})
+    assert "--compiled" in done.stdout

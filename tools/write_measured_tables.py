@@ -1,0 +1,69 @@
+"""Writes the figures of ``visionattn bench ops`` as Markdown tables into a page, between its two marks.
+
+    python tools/write_measured_tables.py results/ops_cpu.csv docs/kernels.md
+"""
+import csv
+import sys
+from pathlib import Path
+
+__all__ = ["write_measured_tables"]
+
+START, END = "<!-- measured tables -->", "<!-- end of measured tables -->"
+
+
+def write_measured_tables(source: Path, page: Path) -> None:
+    """Replaces what is between the marks of ``page`` by the tables made from the CSV file ``source``.
+
+    Raises:
+        ValueError: The page lacks the marks.
+    """
+    text = page.read_text()
+    before, found, rest = text.partition(START)
+    _, found_end, after = rest.partition(END)
+    if not found or not found_end:
+        raise ValueError(f"{page} needs the lines {START} and {END}")
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    page.write_text(f"{before}{START}\n\n{_tables(rows)}\n\n{END}{after}")
+
+
+def _tables(rows: list[dict[str, str]]) -> str:
+    blocks = []
+    for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
+        chosen = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
+        blocks.append(f"{op.capitalize()} attention, {direction}, {chosen[0]['dtype']}, {_machine(chosen[0])}. "
+                      "Median milliseconds, in brackets peak MiB:\n\n" + _table(chosen))
+    return "\n\n".join(blocks)
+
+
+def _machine(row: dict[str, str]) -> str:
+    driver = f", driver {row['driver']}" if row.get("driver") else ""
+    libraries = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "natten") if row.get(name))
+    rates = f", {row['gb_per_s']} GB/s, {row['gflop_per_s']} GFLOP/s" if row.get("gb_per_s") else ""
+    return f"{row['machine']}{driver}, {row['threads']} threads{rates}, {libraries}, {row['date']}"
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    backends = [name for name in dict.fromkeys(row["backend"] for row in rows)
+                if any(row["median_ms"] for row in rows if row["backend"] == name)]
+    has_dense = any(row["simulated_speedup"] for row in rows)
+    head = ["shape", "window", *backends, "bound: bytes, FLOPs"]
+    head += ["speed-up over dense, simulated"] if has_dense else []
+    lines = [head, ["---"] * len(head)]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = {row["backend"]: row for row in rows if row["case"] == case}
+        # The first backend of a case is ours, the one that the other columns are for.
+        ours = next(iter(of_case.values()))
+        cells = [ours["shape"], ours["window"], *(_cell(of_case.get(name)) for name in backends)]
+        cells += [f"{ours['bytes_ms']}, {ours['flops_ms']}"]
+        cells += [f"{ours['speedup_over_dense'] or '-'}, {ours['simulated_speedup']}"] if has_dense else []
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(row: dict[str, str] | None) -> str:
+    return f"{row['median_ms']} ({row['peak_mib']})" if row and row["median_ms"] else "-"
+
+
+if __name__ == "__main__":
+    write_measured_tables(*map(Path, sys.argv[1:3]))
