@@ -153,17 +153,12 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.visionattn.routed_gathered)
 def _forward_flops(q, k, v, routes, route_weights, region_size, key_region_size, *_, **__) -> int:
-    return 2 * _pairs(q, routes, key_region_size) * (q[-1] + v[-1])
+    return naive.flops(q, v, routes, key_region_size)
 
 
 @register_flop_formula(torch.ops.visionattn.routed_gathered_backward)
 def _backward_flops(grad, q, k, v, routes, route_weights, region_size, key_region_size, *_, **__) -> int:
-    return 2 * _pairs(q, routes, key_region_size) * (3 * q[-1] + 2 * v[-1])
-
-
-def _pairs(q_shape, routes_shape, key_region_size) -> int:
-    """Number of query-key pairs."""
-    return math.prod(q_shape[:-1]) * routes_shape[-1] * math.prod(key_region_size)
+    return naive.backward_flops(q, v, routes, key_region_size)
 
 
 def _image_groups(q: Tensor, k: Tensor, v: Tensor) -> Iterator[slice]:

@@ -2,10 +2,12 @@
 
 This form is the truth that every other backend is compared with. It copies keys and values ``topk`` times.
 """
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["merge_regions", "run", "split_regions", "supports"]
+__all__ = ["backward_flops", "flops", "merge_regions", "run", "split_regions", "supports"]
 
 
 def supports(problem) -> tuple[bool, str]:
@@ -53,3 +55,18 @@ def run(
         k, v = k * weights, v * weights
     attention = (q @ k.flatten(3, 4).mT).softmax(dim=-1)
     return merge_regions(attention @ v.flatten(3, 4), region_size, height, width).to(dtype)
+
+
+def flops(q_shape, v_shape, routes_shape, key_region_size) -> int:
+    """Floating point operations of the products forward, by the shapes of q, v and routes."""
+    return 2 * _pairs(q_shape, routes_shape, key_region_size) * (q_shape[-1] + v_shape[-1])
+
+
+def backward_flops(q_shape, v_shape, routes_shape, key_region_size) -> int:
+    """The same of a backward pass that computes the scores again: five products."""
+    return 2 * _pairs(q_shape, routes_shape, key_region_size) * (3 * q_shape[-1] + 2 * v_shape[-1])
+
+
+def _pairs(q_shape, routes_shape, key_region_size) -> int:
+    """Number of query-key pairs."""
+    return math.prod(q_shape[:-1]) * routes_shape[-1] * math.prod(key_region_size)

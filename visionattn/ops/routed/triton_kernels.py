@@ -27,6 +27,7 @@ from ..triton_common import (
     store_rows,
     token_strided,
 )
+from . import naive
 
 __all__ = ["attention"]
 
@@ -115,17 +116,12 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.visionattn.routed_triton)
 def _forward_flops(q, k, v, routes, region_size, key_region_size, *args, **kwargs) -> int:
-    return 2 * _pairs(q, routes, key_region_size) * (q[-1] + v[-1])
+    return naive.flops(q, v, routes, key_region_size)
 
 
 @register_flop_formula(torch.ops.visionattn.routed_triton_backward)
 def _backward_flops(grad, q, k, v, routes, out, lse, region_size, key_region_size, *args, **kwargs) -> int:
-    return 2 * _pairs(q, routes, key_region_size) * (3 * q[-1] + 2 * v[-1])
-
-
-def _pairs(q_shape, routes_shape, key_region_size) -> int:
-    """Number of query-key pairs."""
-    return math.prod(q_shape[:-1]) * routes_shape[-1] * math.prod(key_region_size)
+    return naive.backward_flops(q, v, routes, key_region_size)
 
 
 # --- Launch parameters ------------------------------------------------------------------------------------------------
