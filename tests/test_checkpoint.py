@@ -1,4 +1,5 @@
 """Reading checkpoints: what loads, and how files that do not fit end."""
+import argparse
 import pickle
 
 import pytest
@@ -70,6 +71,12 @@ def test_files_that_do_not_fit(model, tmp_path, capsys):
     torch.save(torch.zeros(3), path)
     with pytest.raises(ValueError, match="holds a Tensor"):
         read_checkpoint(path)
+
+
+def test_options_beside_the_weights_are_no_obstacle(model, tmp_path):
+    path = tmp_path / "official.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1e-3)}, path)
+    _same(create_model("test_dinat", path, num_classes=5), model)
 
 
 def test_weights_of_another_model_end_in_one_line(model, tmp_path):

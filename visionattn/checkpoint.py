@@ -1,8 +1,11 @@
 """Models with trained weights: from a training run's checkpoint, the authors' file or a plain state dict.
 
-Nothing here unpickles more than tensors and plain containers.
+Nothing here unpickles more than tensors and plain containers (argparse's namespace of options among them).
 """
+import argparse
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from . import models  # noqa: F401  (registers the zoo in timm)
 
-__all__ = ["create_model", "read_checkpoint"]
+__all__ = ["create_model", "fitting", "read_checkpoint"]
 
 
 def create_model(
@@ -53,8 +56,20 @@ def create_model(
         raise ValueError(f"{checkpoint} has {run['num_classes']} classes, not {num_classes}")
     model = timm.create_model(
         run["backbone"], num_classes=run["num_classes"], in_chans=run.get("in_chans", 3), **run.get("model_args") or {})
-    model.load_state_dict(state_dict)
+    with fitting(run["backbone"], checkpoint):
+        model.load_state_dict(state_dict)
     return model
+
+
+@contextmanager
+def fitting(name: str, path: str | Path) -> Iterator[None]:
+    """Within the context, weights of another model end in a ValueError of one line that names the file ``path``."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        line = lines[0] if len(lines) == 1 else f"checkpoint {path} is not of the model {name}"
+        raise ValueError(line if str(path) in line else f"{path}: {line}") from None
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -73,7 +88,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path), None
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many authors' files hold their options
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"checkpoint {path} pickles objects that are not weights; it was not opened") from None
     except (RuntimeError, EOFError, OSError, SafetensorError, ValueError, KeyError) as error:
@@ -93,8 +109,5 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 def _from_state_dict(name: str, path: str | Path, classes: dict[str, Any]) -> nn.Module:
     # In the overlay too: timm drops a file's head when the configured number of classes is another one.
     overlay = {"file": str(path), "custom_load": False} | classes
-    try:
+    with fitting(name, path):
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **classes)
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise ValueError(lines[0] if len(lines) == 1 else f"checkpoint {path} is not of the model {name}") from None

@@ -241,3 +241,11 @@ def test_bad_arguments(kwargs, message):
 def test_a_run_without_an_end_is_refused(trainer):
     with pytest.raises(ValueError, match=r"set trainer.max_epochs"):
         trainer(max_epochs=-1).fit(_task(), _digits())
+
+
+@pytest.mark.parametrize("backbone", ["test_biformer", "test_vit"])
+def test_weights_of_another_model_end_in_one_line(backbone, tmp_path):
+    torch.save(timm.create_model("test_dinat", num_classes=3).state_dict(), tmp_path / "source.pth")
+    with pytest.raises(ValueError, match=r"source\.pth") as caught:
+        _task(backbone=backbone, num_classes=3, checkpoint_path=str(tmp_path / "source.pth"), model_args=None)
+    assert "\n" not in str(caught.value)

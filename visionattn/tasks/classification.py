@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from ..checkpoint import read_checkpoint
+from ..checkpoint import fitting, read_checkpoint
 from .optim import adamw, cosine_with_warmup
 
 __all__ = ["ClassificationTask"]
@@ -231,7 +231,8 @@ def _create_model(backbone: str, pretrained: bool, checkpoint_path: str | None, 
         if run["backbone"] != backbone:
             raise ValueError(f"{checkpoint_path} is of the model {run['backbone']}, not {backbone}")
         overlay |= {"num_classes": run["num_classes"], "input_size": (run["in_chans"], 224, 224)}
-    model: Any = _timm_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+    with fitting(backbone, checkpoint_path):
+        model: Any = _timm_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     model.pretrained_cfg["state_dict"] = None  # timm would keep the tensors for good
     return model
 
