@@ -385,8 +385,8 @@ def run_and_grad(module, x):
 def test_opcheck():
     tensors, _ = make((9, 12), 3, bias=True, dtype=torch.float32)
     op = torch.ops.visionattn.neighborhood_slab.default
-    torch.library.opcheck(op, (*tensors.values(), [3, 3], [2, 1], 0.3))
-    torch.library.opcheck(op, (*list(tensors.values())[:3], None, [3, 3], [2, 1], 0.3))
+    torch.library.opcheck(op, (*tensors.values(), [3, 3], [2, 1], [1, 2], 0.3))
+    torch.library.opcheck(op, (*list(tensors.values())[:3], None, [3, 3], [2, 1], [1, 2], 0.3))
 
 
 @pytest.mark.parametrize(("options", "dynamic"), [

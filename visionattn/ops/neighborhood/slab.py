@@ -1,18 +1,23 @@
 """Two-dimensional neighborhood attention on CPU, in as few and as large matrix products as possible.
 
 The map is cut into tiles of queries. A tile's keys, the union of its windows, are its rows and columns and a halo of
-``kernel_size - 1`` around them. Column halos are copied once: the keys of a column of tiles become a slab
+``kernel_size - stride`` around them. Column halos are copied once: the keys of a column of tiles become a slab
 ``[rows, halo columns, head_dim]``, and slabs lie one after the other. Row halos cost nothing: the keys of a tile are
 then consecutive tokens of its slab, so overlapping strided windows make every tile an entry of one batched matrix
 product. What a window holds beyond a query's own neighborhood, or beyond the slab, is masked.
 
-Work is done in chunks of tiles whose scores stay in the cache, in buffers that are allocated once. The residue classes
-of a dilated axis are more batch. The backward pass computes the probabilities again instead of keeping them. Classes
-that are hardly larger than a tile run in PyTorch's dense attention under one mask.
+Work is done in chunks of tiles whose scores stay in the cache, in a workspace that a thread keeps from call to call:
+on the maps of a backbone, fresh pages and the arithmetic of views would cost as much as the products. What depends on
+shapes and strides only, a plan of chunks and copies, is therefore cached too. The residue classes of a dilated axis
+are more batch. The backward pass computes the probabilities again instead of keeping them. Classes that are hardly
+larger than a tile run in PyTorch's dense attention under one mask.
 """
+import contextlib
 import functools
 import itertools
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,6 +30,8 @@ __all__ = ["slab_attention"]
 
 _CHUNK_BYTES = 4 << 20  # scores of one chunk, unless all are not twice as many (measured)
 _DENSE_TOKENS = 18 * 18  # classes up to this size are one tile, done by PyTorch's dense attention (measured)
+_WORKSPACE_BYTES = 64 << 20  # a thread keeps no larger workspace
+_TABLE_BYTES = 128 << 20  # tables of biases that are kept for inference
 _MASKED = -1e30  # finite: a row of padding has no valid key and must not become NaN
 
 # The kernels of PyTorch's dense attention on CPU: its public function does not return what the backward needs.
@@ -38,9 +45,10 @@ def slab_attention(
         bias: Tensor | None,
         kernel_size: Sequence[int],
         dilation: Sequence[int],
+        stride: Sequence[int],
         scale: float,
 ) -> Tensor:
-    """Neighborhood attention on two axes, neither strided nor causal. Differentiable in q, k, v and bias.
+    """Neighborhood attention on two axes, not causal. Differentiable in q, k, v and bias.
 
     Args:
         q: Queries ``[batch, height, width, heads, head_dim]``, any strides, on CPU.
@@ -49,12 +57,13 @@ def slab_attention(
         bias: Relative position bias ``[heads, 2 * kernel_height - 1, 2 * kernel_width - 1]``.
         kernel_size: Window height and width; 1 is allowed here.
         dilation: One per axis.
+        stride: Queries that share a window, one per axis.
         scale: Factor on ``q . k``.
 
     Returns:
         ``[batch, height, width, heads, value_dim]`` in the dtype of q, computed in float32 or better.
     """
-    return _slab_forward(q, k, v, bias, list(kernel_size), list(dilation), scale)[0]
+    return _slab_forward(q, k, v, bias, list(kernel_size), list(dilation), list(stride), scale)[0]
 
 
 @torch.library.custom_op("visionattn::neighborhood_slab", mutates_args=())
@@ -65,25 +74,32 @@ def _slab_forward(
         bias: Tensor | None,
         kernel_size: list[int],
         dilation: list[int],
+        stride: list[int],
         scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp ``[batch, height, width, heads]`` where the dense backward wants it, else 0."""
-    out = q.new_empty(v.shape)
-    lse = q.new_zeros(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    with torch.autocast("cpu", enabled=False):
-        for work in _works(q, v, kernel_size, dilation):
-            table = work.table(bias)
-            if work.is_dense:
-                queries, keys, values = (work.tokens(x) for x in (q, k, v))
-                result, sums = _aten._scaled_dot_product_flash_attention_for_cpu(
-                    queries, keys, values, attn_mask=_dense_mask(table), scale=scale)
+    compute = torch.promote_types(q.dtype, torch.float32)
+    plans = _plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
+    training = torch.is_grad_enabled()
+    with _no_autocast():
+        if plans[0].is_whole:
+            out, lse = _dense(*(x.flatten(1, 2).transpose(1, 2).to(compute) for x in (q, k, v)),
+                              _table(plans[0], bias, training), scale)
+            return (out.transpose(1, 2).reshape(v.shape).to(q.dtype),
+                    lse.transpose(1, 2).contiguous().view(q.shape[:-1]))
+        out = q.new_empty(v.shape)
+        lse = q.new_zeros(q.shape[:-1], dtype=compute)
+        for plan in plans:
+            table, work = _table(plan, bias, training), _Work(plan, backward=False)
+            if plan.is_dense:
+                result, sums = _dense(*(work.tokens(x) for x in (q, k, v)), table, scale)
                 work.store_tokens(result, out)
                 work.store_tokens(sums.unsqueeze(-1), lse.unsqueeze(-1))
                 continue
-            for chunk in work.chunks():
+            for chunk in plan.chunks:
                 p = work.probabilities(chunk, q, k, table, scale)
-                result = torch.bmm(p, work.load_keys("v", chunk, v), out=work.tiles("out", chunk))
-                work.store_tiles(chunk, result, out)
+                values = work.load_keys("v", chunk, v)
+                work.store_tiles(chunk, torch.bmm(p, values, out=work.tiles("out", chunk, plan.value_dim)), out)
     return out, lse
 
 
@@ -98,65 +114,73 @@ def _slab_backward(
         lse: Tensor,
         kernel_size: list[int],
         dilation: list[int],
+        stride: list[int],
         scale: float,
         bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and (empty unless ``bias_grad``) bias."""
     compute = torch.promote_types(q.dtype, torch.float32)
-    dq = q.new_empty(q.shape)
-    dk, dv = k.new_zeros(k.shape, dtype=compute), v.new_zeros(v.shape, dtype=compute)
+    plans = _plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
     dbias = q.new_zeros(0 if bias is None or not bias_grad else bias.shape, dtype=compute)
-    with torch.autocast("cpu", enabled=False):
-        for work in _works(q, v, kernel_size, dilation):
-            table = work.table(bias)
-            if work.is_dense and not bias_grad:
-                gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    *(work.tokens(x) for x in (grad, q, k, v, out)), work.tokens(lse.unsqueeze(-1)).squeeze(-1),
-                    0.0, False, attn_mask=_dense_mask(table), scale=scale)
+    with _no_autocast():
+        if plans[0].is_whole and not bias_grad:
+            gradients = _dense_backward(
+                *(x.flatten(1, 2).transpose(1, 2).to(compute) for x in (grad, q, k, v, out)),
+                lse.flatten(1, 2).transpose(1, 2), _table(plans[0], bias, training=True), scale)
+            dq, dk, dv = (
+                x.transpose(1, 2).reshape(y.shape).to(y.dtype) for x, y in zip(gradients, (q, k, v), strict=True))
+            return dq, dk, dv, dbias if bias is None else dbias.to(bias.dtype)
+        dq = q.new_empty(q.shape)
+        dk, dv = k.new_zeros(k.shape, dtype=compute), v.new_zeros(v.shape, dtype=compute)
+        for plan in plans:
+            table, work = _table(plan, bias, training=True), _Work(plan, backward=True)
+            if plan.is_dense and not bias_grad:
+                gradients = _dense_backward(
+                    *(work.tokens(x) for x in (grad, q, k, v, out)),
+                    work.tokens(lse.unsqueeze(-1)).squeeze(-1), table, scale)
                 for gradient, target in zip(gradients, (dq, dk, dv), strict=True):
                     work.store_tokens(gradient, target)
                 continue
             dtable = None if table is None or not bias_grad else torch.zeros_like(table)
-            for chunk in work.chunks():
+            for chunk in plan.chunks:
                 p = work.probabilities(chunk, q, k, table, scale)
-                queries, keys = work.tiles("q", chunk), work.key_windows("k", chunk)
-                dout, values = work.load_tiles("out", chunk, grad), work.load_keys("v", chunk, v)
-                work.add_keys("v", chunk, torch.bmm(p.mT, dout, out=work.windows("dv", chunk)), dv)
+                queries, keys = work.tiles("q", chunk, plan.head_dim), work.key_windows("k", chunk, plan.head_dim)
+                dout, values = work.load_tiles("dout", chunk, grad), work.load_keys("v", chunk, v)
+                work.add_keys(chunk, torch.bmm(p.mT, dout, out=work.windows(chunk, plan.value_dim)), dv)
                 ds = torch.bmm(dout, values.mT, out=work.scores("dscores", chunk))
                 torch._softmax_backward_data(ds, p, -1, compute, grad_input=ds)
                 if dtable is not None:
-                    work.add_scores(chunk, ds, dtable)
-                work.add_keys("k", chunk, torch.bmm(ds.mT, queries, out=work.windows("dk", chunk)), dk)
+                    work.add_scores("dscores", chunk, dtable)
+                work.add_keys(chunk, torch.bmm(ds.mT, queries, out=work.windows(chunk, plan.head_dim)), dk)
                 work.store_tiles(chunk, torch.bmm(ds, keys, out=queries).mul_(scale), dq)
             if dtable is not None:
-                work.add_table(dtable, dbias)
+                _add_table(plan, dtable, dbias)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
 @_slab_forward.register_fake
-def _(q, k, v, bias, kernel_size, dilation, scale):
+def _(q, k, v, bias, kernel_size, dilation, stride, scale):
     return q.new_empty(v.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_slab_backward.register_fake
-def _(grad, q, k, v, bias, out, lse, kernel_size, dilation, scale, bias_grad):
+def _(grad, q, k, v, bias, out, lse, kernel_size, dilation, stride, scale, bias_grad):
     dbias = bias.new_empty(bias.shape) if bias_grad else lse.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bias, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
+    q, k, v, bias, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, bias, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = _slab_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale, bias_grad)
-    return dq, dk, dv, dbias if bias_grad else None, None, None, None
+    dq, dk, dv, dbias = _slab_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, bias_grad)
+    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
 
 
 _slab_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -178,8 +202,32 @@ def _(grad_shape, q_shape, k_shape, v_shape, bias_shape, output_shape, lse_shape
     return 5 * _flops(q_shape, v_shape, kernel_size) // 2
 
 
+def _no_autocast() -> contextlib.AbstractContextManager:
+    """Entering a context takes as long as a small operator, so only where it changes anything."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+
+
+# PyTorch's dense attention on ``[batch, heads, tokens, dim]``, whose kernels want dim to be dense.
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=_dense_mask(table), scale=scale)
+
+
+def _dense_backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, table: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v, out))
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *tensors, lse, 0.0, False, attn_mask=_dense_mask(table), scale=scale)
+
+
 def _dense_mask(table: Tensor | None) -> Tensor | None:
     return None if table is None else table[:, 0, 0].unsqueeze(0)
+
+
+# Plans: how a map is cut, and which boxes of it are copied where. They depend on shapes and strides only.
 
 
 class _Axis(NamedTuple):
@@ -191,6 +239,7 @@ class _Axis(NamedTuple):
         dilation: Distance of a class's members in the map.
         length: Members of a class.
         kernel: Window size.
+        stride: Queries that share a window.
         tile: Queries of a tile.
     """
 
@@ -199,6 +248,7 @@ class _Axis(NamedTuple):
     dilation: int
     length: int
     kernel: int
+    stride: int
     tile: int
 
     @property
@@ -206,19 +256,29 @@ class _Axis(NamedTuple):
         return -(-self.length // self.tile)
 
     @property
+    def padding(self) -> int:
+        """Queries of the last tile that do not exist."""
+        return self.tiles * self.tile - self.length
+
+    @property
     def guard(self) -> int:
         """Keys of an inner tile before its first query."""
-        return self.kernel // 2 if self.tiles > 1 else 0
+        return self.kernel // 2 - self.stride // 2 if self.tiles > 1 else 0
 
     @property
     def halo(self) -> int:
         """Keys of a tile."""
-        return self.tile + self.kernel - 1 if self.tiles > 1 else self.length
+        return self.tile + self.kernel - self.stride if self.tiles > 1 else self.length
 
     def start(self, tile: int, clamped: bool) -> int:
         """First key of a tile; ``clamped``: shifted so that no key lies outside of the axis."""
         start = tile * self.tile - self.guard
         return max(min(start, self.length - self.halo), 0) if clamped else start
+
+    def window(self, query: int) -> int:
+        """First key that a query sees."""
+        leader = min(query // self.stride * self.stride + self.stride // 2, self.length - 1)
+        return max(min(leader - self.kernel // 2, self.length - self.kernel), 0)
 
     def kinds(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Cuts the tiles ``first`` to ``last`` into ``(kind, first, last)``; tiles of a kind have the same mask."""
@@ -235,19 +295,97 @@ class _Axis(NamedTuple):
         if last > full:
             yield full, last, self.length - full * self.tile
 
+    @property
+    def fits(self) -> bool:
+        """Whether only the first and the last tile have shifted windows, and none is shifted out of its halo."""
+        if self.tiles == 1:
+            return True
+        if self.tile % self.stride or self.halo > self.length:
+            return False
+        for tile in range(self.tiles):
+            inner = 0 < tile < self.tiles - 1
+            for query in range(tile * self.tile, min((tile + 1) * self.tile, self.length), self.stride):
+                place = self.window(query) - self.start(tile, clamped=False)
+                if (inner and place != query % self.tile) or not 0 <= place <= self.halo - self.kernel:
+                    return False
+                if not 0 <= self.window(query) - self.start(tile, clamped=True) <= self.halo - self.kernel:
+                    return False
+        return True
 
-def _works(q: Tensor, v: Tensor, kernel_size: list[int], dilation: list[int]) -> Iterator["_Work"]:
-    batch, height, width, heads, head_dim = q.shape
+
+class _Plan:
+    """The residue classes of one shape, cut into chunks of tiles.
+
+    A chunk is ``(first, last)`` for each of the axes ``shape``: batch, classes in y, classes in x, heads, columns of
+    tiles.
+    """
+
+    def __init__(
+            self, batch: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, y: _Axis, x: _Axis,
+    ):
+        self.shape = (batch, y.residues, x.residues, heads, x.tiles)
+        self.head_dim, self.value_dim, self.dtype, self.y, self.x = head_dim, value_dim, dtype, y, x
+        self.queries, self.keys = y.tile * x.tile, y.halo * x.halo
+        # PyTorch's dense attention has no gradient of a bias, and wants equal dims.
+        self.is_dense = y.tiles == x.tiles == 1 and head_dim == value_dim
+        self.is_whole = self.is_dense and y.residues == x.residues == y.dilation == x.dilation == 1
+        column = y.tiles * self.queries * self.keys * dtype.itemsize
+        columns = math.prod(self.shape)
+        limit = columns if columns * column <= 2 * _CHUNK_BYTES else max(_CHUNK_BYTES // column, 1)
+        self.chunks = list(self._chunks(limit))
+        # Where the parts of the workspace are, in elements: of the forward pass, then what the backward adds.
+        tiles, dim = min(limit, columns) * y.tiles, max(head_dim, value_dim)
+        sizes = {
+            "q": tiles * self.queries * dim, "out": 0, "scores": tiles * self.queries * self.keys,
+            "k": self._slab_size(tiles, head_dim), "v": self._slab_size(tiles, value_dim),
+            "dout": tiles * self.queries * value_dim, "dscores": tiles * self.queries * self.keys,
+            "windows": tiles * self.keys * dim, "dslab": self._slab_size(tiles, dim)}
+        ends = list(itertools.accumulate(-(-size // 16) * 16 for size in sizes.values()))  # lines of the cache
+        self.offsets = dict(zip(sizes, [0, *ends], strict=False))
+        self.offsets["out"] = self.offsets["q"]  # queries are not needed once there are scores
+        self.sizes = {False: ends[4], True: ends[-1]}
+
+    def _slab_size(self, tiles: int, dim: int) -> int:
+        return (tiles * self.y.tile + self.y.kernel) * self.x.halo * dim
+
+    def _chunks(self, limit: int) -> Iterator[tuple[tuple[int, int], ...]]:
+        """Pieces of at most ``limit`` columns of tiles that are consecutive in the order of ``shape``."""
+        axis, inner = len(self.shape) - 1, 1
+        while axis > 0 and inner * self.shape[axis] <= limit:
+            inner *= self.shape[axis]
+            axis -= 1
+        step = max(limit // inner, 1)
+        for outer in itertools.product(*map(range, self.shape[:axis])):
+            for first in range(0, self.shape[axis], step):
+                yield (
+                    *((i, i + 1) for i in outer),
+                    (first, min(first + step, self.shape[axis])),
+                    *((0, size) for size in self.shape[axis + 1:]),
+                )
+
+
+_Chunk = tuple[tuple[int, int], ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _plans(
+        shape: tuple[int, ...], value_dim: int, dtype: torch.dtype, kernel_size: tuple[int, ...],
+        dilation: tuple[int, ...], stride: tuple[int, ...],
+) -> list[_Plan]:
+    """One plan for each pair of lengths that residue classes have."""
+    batch, height, width, heads, head_dim = shape
     groups = (_length_groups(length, dil) for length, dil in zip((height, width), dilation, strict=True))
+    plans = []
     for (first_y, residues_y, rows), (first_x, residues_x, columns) in itertools.product(*groups):
-        small = rows * columns <= _DENSE_TOKENS
-        tile_y, tile_x = (rows, columns) if small else _choose_tile(rows, columns, *kernel_size)
-        yield _Work(
-            batch, heads, {"q": head_dim, "k": head_dim, "v": v.shape[-1], "out": v.shape[-1]},
-            torch.promote_types(q.dtype, torch.float32),
-            _Axis(first_y, residues_y, dilation[0], rows, kernel_size[0], tile_y),
-            _Axis(first_x, residues_x, dilation[1], columns, kernel_size[1], tile_x),
-        )
+        def axes(tile_y: int, tile_x: int, y=(first_y, residues_y, rows), x=(first_x, residues_x, columns)):
+            return (_Axis(y[0], y[1], dilation[0], y[2], kernel_size[0], stride[0], tile_y),
+                    _Axis(x[0], x[1], dilation[1], x[2], kernel_size[1], stride[1], tile_x))
+
+        whole = axes(rows, columns)
+        chosen = whole if rows * columns <= _DENSE_TOKENS else min(
+            itertools.starmap(axes, itertools.product(*map(_tile_sizes, whole))), key=lambda pair: _cost(*pair))
+        plans.append(_Plan(batch, heads, head_dim, value_dim, dtype, *chosen))
+    return plans
 
 
 def _length_groups(length: int, dilation: int) -> list[tuple[int, int, int]]:
@@ -257,219 +395,282 @@ def _length_groups(length: int, dilation: int) -> list[tuple[int, int, int]]:
     return [group for group in groups if group[1]]
 
 
-@functools.lru_cache(maxsize=1024)
-def _choose_tile(rows: int, columns: int, kernel_y: int, kernel_x: int) -> tuple[int, int]:
-    """Tile height and width of least estimated work."""
-    return min(
-        itertools.product(_tile_sizes(rows, kernel_y), _tile_sizes(columns, kernel_x)),
-        key=lambda tile: _cost(rows, columns, kernel_y, kernel_x, *tile))
+def _tile_sizes(axis: _Axis) -> list[int]:
+    """Sizes worth considering: the whole axis, equal parts, and some from the least that holds its shifted windows."""
+    least = axis.kernel // 2 - axis.stride // 2 + 1
+    sizes = {-(-size // axis.stride) * axis.stride for size in (
+        *range(least, least + 16), *(-(-axis.length // parts) for parts in range(2, 17)))}
+    return [axis.length, *(size for size in sizes if size < axis.length and axis._replace(tile=size).fits)]
 
 
-def _tile_sizes(length: int, kernel: int) -> list[int]:
-    """Sizes for which only the first and the last tile have shifted windows, and none is shifted out of its halo."""
-    least, most = kernel // 2 + 1, length - kernel + 1
-    sizes = {*range(least, least + 16), *(-(-length // parts) for parts in range(2, 17))}
-    return [length, *(
-        size for size in sizes if least <= size <= most and not 0 < length % size < kernel - kernel // 2)]
-
-
-def _cost(rows: int, columns: int, kernel_y: int, kernel_x: int, tile_y: int, tile_x: int) -> float:
-    y = _Axis(0, 1, 1, rows, kernel_y, tile_y)
-    x = _Axis(0, 1, 1, columns, kernel_x, tile_x)
+def _cost(y: _Axis, x: _Axis) -> float:
+    """Estimated work."""
     queries, keys = y.tile * x.tile, y.halo * x.halo
     # Scores to compute; small products run at a fraction of the speed; copied halo columns.
-    return y.tiles * x.tiles * queries * keys * (1 + 8 / queries + 24 / keys) + 8 * x.tiles * x.halo * rows
+    return y.tiles * x.tiles * queries * keys * (1 + 8 / queries + 24 / keys) + 8 * x.tiles * x.halo * y.length
+
+
+class _Move(NamedTuple):
+    """A box of a map and its place in a part of the workspace: the same shape, two sets of strides and offsets."""
+
+    shape: tuple[int, ...]
+    place: tuple[int, ...]
+    place_offset: int
+    map: tuple[int, ...]
+    map_offset: int
+
+
+def _move(
+        plan: _Plan, chunk: _Chunk, map_strides: tuple[int, ...], dim: int, rows: tuple[int, int, int, int],
+        columns: tuple[int, int, int, int], place: tuple[int, ...], place_offset: int,
+) -> _Move:
+    """Boxes of the map, ``[*chunk but its tiles, column boxes, row boxes, rows, columns, dim]``.
+
+    ``rows`` and ``columns`` are (first member, boxes, members from box to box, members of a box); ``place`` has the
+    strides of the same axes in the workspace.
+    """
+    y, x = plan.y, plan.x
+    batch, step_y, step_x, head, step = map_strides
+    offset = (
+        chunk[0][0] * batch
+        + (y.first + chunk[1][0] + rows[0] * y.dilation) * step_y
+        + (x.first + chunk[2][0] + columns[0] * x.dilation) * step_x
+        + chunk[3][0] * head)
+    shape = (*(last - first for first, last in chunk[:4]), columns[1], rows[1], rows[3], columns[3], dim)
+    strides = (
+        batch, step_y, step_x, head, columns[2] * x.dilation * step_x, rows[2] * y.dilation * step_y,
+        y.dilation * step_y, x.dilation * step_x, step)
+    return _Move(shape, place, place_offset, strides, offset)
+
+
+def _outer_strides(chunk: _Chunk, column: int) -> tuple[int, ...]:
+    """Strides of the axes of a chunk whose columns of tiles are ``column`` elements each."""
+    strides = [column]
+    for first, last in reversed(chunk[1:]):
+        strides.append(strides[-1] * (last - first))
+    return tuple(reversed(strides))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_moves(plan: _Plan, chunk: _Chunk, map_strides: tuple[int, ...], dim: int) -> list[_Move]:
+    """Between a map and tiles ``[*chunk, rows of tiles, rows, columns, dim]``."""
+    y, x, first = plan.y, plan.x, chunk[4][0]
+    tile = y.tile * x.tile * dim
+    place = (*_outer_strides(chunk, y.tiles * tile), tile, x.tile * dim, dim, 1)
+    return [
+        _move(plan, chunk, map_strides, dim, (y0 * y.tile, y1 - y0, y.tile, rows),
+              (x0 * x.tile, x1 - x0, x.tile, columns), place, (x0 - first) * place[4] + y0 * tile)
+        for (y0, y1, rows), (x0, x1, columns) in itertools.product(y.pieces(0, y.tiles), x.pieces(*chunk[4]))
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _slab_moves(
+        plan: _Plan, chunk: _Chunk, map_strides: tuple[int, ...], dim: int, disjoint: bool,
+) -> list[_Move]:
+    """Between a map and slabs ``[*chunk, rows, halo columns, dim]``, after the guard.
+
+    ``disjoint``: the boxes of a move do not overlap in the map, so that it may be written to.
+    """
+    y, x, first = plan.y, plan.x, chunk[4][0]
+    row = x.halo * dim
+    slab = y.tiles * y.tile * row
+    place = _outer_strides(chunk, slab)
+    moves = []
+    for _, x0, x1 in x.kinds(*chunk[4]):
+        step = min(-(-x.halo // x.tile), x1 - x0) if disjoint else 1
+        for start in range(x0, x0 + step):
+            columns = (x.start(start, clamped=True), len(range(start, x1, step)), step * x.tile, x.halo)
+            moves.append(_move(
+                plan, chunk, map_strides, dim, (0, 1, 1, y.length), columns,
+                (*place[:4], step * place[4], slab, row, dim, 1), y.guard * row + (start - first) * slab))
+    return moves
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_moves(plan: _Plan, chunk: _Chunk, shared: bool) -> list[_Move]:
+    """Between a table and scores ``[*chunk, rows of tiles, queries, keys]``, one for each kind of tile.
+
+    ``shared``: the table is the same for all heads.
+    """
+    y, x, first = plan.y, plan.x, chunk[4][0]
+    tile, kinds_x = plan.queries * plan.keys, len(list(x.kinds(0, x.tiles)))
+    head = 0 if shared else len(list(y.kinds(0, y.tiles))) * kinds_x * tile
+    place = (*_outer_strides(chunk, y.tiles * tile), tile, plan.keys, 1)
+    outer = tuple(last - start for start, last in chunk[:4])
+    return [
+        _Move((*outer, x1 - x0, y1 - y0, plan.queries, plan.keys), place, (x0 - first) * place[4] + y0 * tile,
+              (0, 0, 0, head, 0, 0, plan.keys, 1), chunk[3][0] * head + (kind_y * kinds_x + kind_x) * tile)
+        for (kind_y, y0, y1), (kind_x, x0, x1) in itertools.product(y.kinds(0, y.tiles), x.kinds(*chunk[4]))
+    ]
+
+
+# Running a plan.
+
+
+class _Memory(threading.local):
+    kept: Tensor | None = None
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory that the thread's next call uses again."""
+        size = count * dtype.itemsize
+        if self.kept is None or self.kept.numel() < size:
+            with torch.inference_mode(False):
+                memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+            if size > _WORKSPACE_BYTES:
+                return memory.view(dtype)
+            self.kept = memory
+        return self.kept[:size].view(dtype)
+
+
+_memory = _Memory()
 
 
 class _Work:
-    """The residue classes of one shape: buffers for a chunk of their tiles, and the ways between tensor and buffer.
+    """A plan with memory: the ways between maps ``[batch, height, width, heads, dim]`` and the workspace."""
 
-    A chunk is a tuple of slices of ``[batch, classes in y, classes in x, heads, columns of tiles]``.
-    """
+    def __init__(self, plan: _Plan, backward: bool):
+        self.plan = plan
+        self.memory = _memory.take(plan.sizes[backward], plan.dtype)
 
-    def __init__(self, batch: int, heads: int, dims: dict[str, int], dtype: torch.dtype, y: _Axis, x: _Axis):
-        self.shape = (batch, y.residues, x.residues, heads, x.tiles)
-        self.dims, self.dtype, self.y, self.x = dims, dtype, y, x
-        self.queries, self.keys = y.tile * x.tile, y.halo * x.halo
-        column = y.tiles * self.queries * self.keys * dtype.itemsize
-        columns = math.prod(self.shape)
-        self.limit = columns if columns * column <= 2 * _CHUNK_BYTES else max(_CHUNK_BYTES // column, 1)
-        self.capacity = min(self.limit, columns) * y.tiles
-        self.buffers: dict[str, Tensor] = {}
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether PyTorch's dense attention does it, which has no gradient of a bias."""
-        return self.y.tiles == self.x.tiles == 1 and self.dims["q"] == self.dims["v"]
-
-    def chunks(self) -> Iterator[tuple[slice, ...]]:
-        """Pieces of at most ``limit`` columns of tiles that are consecutive in the order of ``shape``."""
-        axis, inner = len(self.shape) - 1, 1
-        while axis > 0 and inner * self.shape[axis] <= self.limit:
-            inner *= self.shape[axis]
-            axis -= 1
-        step = max(self.limit // inner, 1)
-        for outer in itertools.product(*map(range, self.shape[:axis])):
-            for first in range(0, self.shape[axis], step):
-                yield (
-                    *(slice(i, i + 1) for i in outer),
-                    slice(first, min(first + step, self.shape[axis])),
-                    *(slice(0, size) for size in self.shape[axis + 1:]),
-                )
-
-    def probabilities(self, chunk, q: Tensor, k: Tensor, table: Tensor | None, scale: float) -> Tensor:
+    def probabilities(self, chunk: _Chunk, q: Tensor, k: Tensor, table: Tensor | None, scale: float) -> Tensor:
         queries = self.load_tiles("q", chunk, q).mul_(scale)
         scores = torch.bmm(queries, self.load_keys("k", chunk, k).mT, out=self.scores("scores", chunk))
         if table is not None:
-            for score, entry in self._by_kind(chunk, scores, table):
-                score.add_(entry)
+            for move in _kind_moves(self.plan, chunk, shared=len(table) == 1):
+                self._place("scores", move).add_(_box(table, move))
         return torch.softmax(scores, dim=-1, out=scores)
 
-    # Buffers, the part that a chunk uses.
+    def tiles(self, part: str, chunk: _Chunk, dim: int) -> Tensor:
+        plan = self.plan
+        shape = (_columns(chunk) * plan.y.tiles, plan.queries, dim)
+        return self.memory.as_strided(shape, (shape[1] * dim, dim, 1), plan.offsets[part])
 
-    def _buffer(self, name: str, size: int, zero: bool) -> Tensor:
-        if name not in self.buffers:
-            new = torch.zeros if zero else torch.empty
-            self.buffers[name] = new(size, dtype=self.dtype, device="cpu")
-        return self.buffers[name]
+    def scores(self, part: str, chunk: _Chunk) -> Tensor:
+        return self.tiles(part, chunk, self.plan.keys)
 
-    def _used(self, name: str, chunk, rows: int, columns: int, zero: bool = False) -> Tensor:
-        count, size = _columns(chunk) * self.y.tiles, rows * columns
-        return self._buffer(name, self.capacity * size, zero)[:count * size].view(count, rows, columns)
+    def windows(self, chunk: _Chunk, dim: int) -> Tensor:
+        """Room for the gradients of all keys of every tile, ``[tiles, keys, dim]``."""
+        shape = (_columns(chunk) * self.plan.y.tiles, self.plan.keys, dim)
+        return self.memory.as_strided(shape, (shape[1] * dim, dim, 1), self.plan.offsets["windows"])
 
-    def tiles(self, name: str, chunk) -> Tensor:
-        return self._used(name, chunk, self.queries, self.dims[name], zero=True)  # padding has no gradient
-
-    def scores(self, name: str, chunk) -> Tensor:
-        return self._used(name, chunk, self.queries, self.keys)
-
-    def windows(self, name: str, chunk) -> Tensor:
-        return self._used(name, chunk, self.keys, self.dims[name[1:]])
-
-    def _slabs(self, name: str, chunk) -> tuple[Tensor, Tensor]:
-        """The whole buffer ``[rows, row]``, guards included, and its slabs ``[*chunk, rows, halo columns, dim]``."""
-        dim, rows = self.dims[name[-1]], self.y.tiles * self.y.tile
-        buffer = self._buffer(f"{name} slabs", (self.capacity * self.y.tile + self.y.kernel) * self.x.halo * dim, True)
-        flat = buffer.view(-1, self.x.halo * dim)
-        slabs = flat[self.y.guard:self.y.guard + _columns(chunk) * rows]
-        return flat, slabs.view(*(s.stop - s.start for s in chunk), rows, self.x.halo, dim)
-
-    def key_windows(self, name: str, chunk) -> Tensor:
+    def key_windows(self, part: str, chunk: _Chunk, dim: int) -> Tensor:
         """The keys of every tile, a view with overlaps ``[tiles, keys, dim]``."""
-        dim = self.dims[name]
-        return self._slabs(name, chunk)[0].as_strided(
-            (_columns(chunk) * self.y.tiles, self.keys, dim), (self.y.tile * self.x.halo * dim, dim, 1))
+        y, x = self.plan.y, self.plan.x
+        return self.memory.as_strided(
+            (_columns(chunk) * y.tiles, self.plan.keys, dim), (y.tile * x.halo * dim, dim, 1), self.plan.offsets[part])
 
-    # Between a tensor [batch, height, width, heads, dim] and the buffers.
-
-    def _view(self, tensor: Tensor, chunk, rows: tuple, columns: tuple) -> Tensor:
-        """Boxes of the map, ``[*chunk but its tiles, column boxes, row boxes, rows, columns, dim]``.
-
-        ``rows`` and ``columns`` are (first member, boxes, members from box to box, members of a box).
-        """
-        y, x = self.y, self.x
-        batch, step_y, step_x, head, step = tensor.stride()
-        offset = (
-            chunk[0].start * batch
-            + (y.first + chunk[1].start + rows[0] * y.dilation) * step_y
-            + (x.first + chunk[2].start + columns[0] * x.dilation) * step_x
-            + chunk[3].start * head)
-        return tensor.as_strided(
-            (*(s.stop - s.start for s in chunk[:4]), columns[1], rows[1], rows[3], columns[3], tensor.shape[-1]),
-            (batch, step_y, step_x, head, columns[2] * x.dilation * step_x, rows[2] * y.dilation * step_y,
-             y.dilation * step_y, x.dilation * step_x, step),
-            tensor.storage_offset() + offset)
-
-    def _tile_views(self, chunk, tiles: Tensor, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        y, x, first = self.y, self.x, chunk[4].start
-        tiles = tiles.view(*(s.stop - s.start for s in chunk), y.tiles, y.tile, x.tile, tensor.shape[-1])
-        for (y0, y1, rows), (x0, x1, columns) in itertools.product(
-                y.pieces(0, y.tiles), x.pieces(first, chunk[4].stop)):
-            box = tiles[:, :, :, :, x0 - first:x1 - first, y0:y1, :rows, :columns]
-            yield box, self._view(
-                tensor, chunk, (y0 * y.tile, y1 - y0, y.tile, rows), (x0 * x.tile, x1 - x0, x.tile, columns))
-
-    def load_tiles(self, name: str, chunk, tensor: Tensor) -> Tensor:
-        tiles = self.tiles(name, chunk)
-        if chunk[4].stop == self.x.tiles and self.x.length % self.x.tile:
-            tiles.zero_()  # padding columns, where another chunk may have had queries
-        for box, source in self._tile_views(chunk, tiles, tensor):
-            box.copy_(source)
+    def load_tiles(self, part: str, chunk: _Chunk, tensor: Tensor) -> Tensor:
+        tiles = self.tiles(part, chunk, tensor.shape[-1])
+        if self.plan.y.padding or self.plan.x.padding:
+            tiles.zero_()  # padding has no gradient
+        for move in _tile_moves(self.plan, chunk, tensor.stride(), tensor.shape[-1]):
+            self._place(part, move).copy_(_box(tensor, move))
         return tiles
 
-    def store_tiles(self, chunk, tiles: Tensor, tensor: Tensor) -> None:
-        for box, target in self._tile_views(chunk, tiles, tensor):
-            target.copy_(box)
+    def store_tiles(self, chunk: _Chunk, tiles: Tensor, tensor: Tensor) -> None:
+        for move in _tile_moves(self.plan, chunk, tensor.stride(), tensor.shape[-1]):
+            _box(tensor, move).copy_(tiles.as_strided(
+                move.shape, move.place, tiles.storage_offset() + move.place_offset))
 
-    def _all(self, tensor: Tensor) -> Tensor:
-        """View of the classes ``[batch, classes in y, classes in x, heads, rows, columns, dim]``."""
-        everything = tuple(slice(0, size) for size in self.shape)
-        return self._view(tensor, everything, (0, 1, 1, self.y.length), (0, 1, 1, self.x.length))[:, :, :, :, 0, 0]
+    def load_keys(self, part: str, chunk: _Chunk, tensor: Tensor) -> Tensor:
+        y, x, dim = self.plan.y, self.plan.x, tensor.shape[-1]
+        # What is masked must be finite: rows around the slabs and after the end of the map.
+        row, rows = x.halo * dim, y.tiles * y.tile
+        count, first = _columns(chunk), self.plan.offsets[part]
+        if y.tiles > 1:
+            self.memory[first:first + y.guard * row].zero_()
+            self.memory[first + (y.guard + count * rows) * row:][:(y.kernel - y.guard) * row].zero_()
+        if y.padding:
+            self.memory.as_strided(
+                (count, y.padding * row), (rows * row, 1), first + (y.guard + y.length) * row).zero_()
+        for move in _slab_moves(self.plan, chunk, tensor.stride(), dim, disjoint=False):
+            self._place(part, move).copy_(_box(tensor, move))
+        return self.key_windows(part, chunk, dim)
+
+    def add_keys(self, chunk: _Chunk, windows: Tensor, tensor: Tensor) -> None:
+        """Adds the gradients of all tiles' keys to the map: overlapping windows to slabs, then halos to columns."""
+        y, x, dim = self.plan.y, self.plan.x, tensor.shape[-1]
+        row, count, first = x.halo * dim, windows.shape[0], self.plan.offsets["dslab"]
+        windows = windows.view(count, y.halo, row)
+        self.memory[first + count * y.tile * row:][:y.kernel * row].zero_()
+        for shift in range(0, y.halo, y.tile):
+            block = windows[:, shift:shift + y.tile]
+            target = self.memory.as_strided(block.shape, (y.tile * row, row, 1), first + shift * row)
+            target.add_(block) if shift else target.copy_(block)
+        for move in _slab_moves(self.plan, chunk, tensor.stride(), dim, disjoint=True):
+            _box(tensor, move).add_(self._place("dslab", move))
+
+    def add_scores(self, part: str, chunk: _Chunk, table: Tensor) -> None:
+        """Sums scores over all tiles of a kind into the table of their head."""
+        for move in _kind_moves(self.plan, chunk, shared=False):
+            _box(table, move)[0, 0, 0, :, 0, 0].add_(self._place(part, move).sum((0, 1, 2, 4, 5)))
 
     def tokens(self, tensor: Tensor) -> Tensor:
-        """``[classes, heads, tokens, dim]``; a view where the strides allow it. The kernels take dim to be dense."""
-        tokens = self._all(tensor).to(self.dtype).flatten(4, 5).flatten(0, 2)
-        return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+        """``[classes, heads, tokens, dim]``; a view where the strides allow it."""
+        return self._all(tensor).to(self.plan.dtype).flatten(4, 5).flatten(0, 2)
 
     def store_tokens(self, tokens: Tensor, tensor: Tensor) -> None:
         target = self._all(tensor)
         target.copy_(tokens.reshape(target.shape))
 
-    def load_keys(self, name: str, chunk, tensor: Tensor) -> Tensor:
-        y, x, first = self.y, self.x, chunk[4].start
-        slabs = self._slabs(name, chunk)[1]
-        for _, x0, x1 in x.kinds(first, chunk[4].stop):
-            columns = (x.start(x0, clamped=True), x1 - x0, x.tile, x.halo)
-            source = self._view(tensor, chunk, (0, 1, 1, y.length), columns)
-            slabs[:, :, :, :, x0 - first:x1 - first, :y.length].copy_(source.squeeze(5))
-        return self.key_windows(name, chunk)
+    def _all(self, tensor: Tensor) -> Tensor:
+        """View of the classes ``[batch, classes in y, classes in x, heads, rows, columns, dim]``."""
+        everything = tuple((0, size) for size in self.plan.shape)
+        move, = _tile_moves(self.plan, everything, tensor.stride(), tensor.shape[-1])
+        return _box(tensor, move)[:, :, :, :, 0, 0]
 
-    def add_keys(self, name: str, chunk, windows: Tensor, tensor: Tensor) -> None:
-        """Adds the gradients of all tiles' keys to the map: overlapping windows to slabs, then halos to columns."""
-        y, x, first = self.y, self.x, chunk[4].start
-        flat, slabs = self._slabs("d" + name, chunk)
-        windows = windows.view(windows.shape[0], y.halo, -1)
-        count = windows.shape[0]
-        flat[count * y.tile:].zero_()
-        for shift in range(0, y.halo, y.tile):
-            block = windows[:, shift:shift + y.tile]
-            target = flat[shift:].as_strided(
-                block.shape, (y.tile * flat.shape[1], flat.shape[1], 1), shift * flat.shape[1])
-            target.add_(block) if shift else target.copy_(block)
-        for tile in range(first, chunk[4].stop):
-            columns = (x.start(tile, clamped=True), 1, 1, x.halo)
-            target = self._view(tensor, chunk, (0, 1, 1, y.length), columns)
-            target[:, :, :, :, 0, 0].add_(slabs[:, :, :, :, tile - first, :y.length])
-
-    # Mask and bias.
-
-    def table(self, bias: Tensor | None) -> Tensor | None:
-        """What is added to the scores, ``[heads or 1, kinds in y, kinds in x, queries, keys]``; None for nothing."""
-        if bias is None:
-            return _mask(self.y, self.x, self.dtype)
-        entries = F.pad(bias.to(self.dtype).flatten(1), (0, 1), value=_MASKED)
-        return entries[:, _table_index(self.y, self.x)]
-
-    def add_table(self, dtable: Tensor, dbias: Tensor) -> None:
-        index = _table_index(self.y, self.x).flatten().expand(len(dbias), -1)
-        entries = dbias.new_zeros(len(dbias), dbias[0].numel() + 1).scatter_add_(1, index, dtable.flatten(1))
-        dbias.add_(entries[:, :-1].view_as(dbias))
-
-    def _by_kind(self, chunk, scores: Tensor, table: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores ``[*chunk, rows of tiles, queries, keys]`` of every kind, and the table's entry that belongs to it."""
-        first, heads = chunk[4].start, chunk[3] if table.shape[0] > 1 else slice(None)
-        scores = scores.view(*(s.stop - s.start for s in chunk), self.y.tiles, self.queries, self.keys)
-        for (kind_y, y0, y1), (kind_x, x0, x1) in itertools.product(
-                self.y.kinds(0, self.y.tiles), self.x.kinds(first, chunk[4].stop)):
-            yield scores[:, :, :, :, x0 - first:x1 - first, y0:y1], table[heads, kind_y, kind_x, None, None]
-
-    def add_scores(self, chunk, scores: Tensor, table: Tensor) -> None:
-        for score, entry in self._by_kind(chunk, scores, table):
-            entry.add_(score.sum((0, 1, 2, 4, 5))[:, None, None])
+    def _place(self, part: str, move: _Move) -> Tensor:
+        return self.memory.as_strided(move.shape, move.place, self.plan.offsets[part] + move.place_offset)
 
 
-def _columns(chunk) -> int:
-    return math.prod(s.stop - s.start for s in chunk)
+def _box(tensor: Tensor, move: _Move) -> Tensor:
+    return tensor.as_strided(move.shape, move.map, tensor.storage_offset() + move.map_offset)
+
+
+def _columns(chunk: _Chunk) -> int:
+    return math.prod(last - first for first, last in chunk)
+
+
+# Mask and bias: what is added to the scores, ``[heads or 1, kinds in y, kinds in x, queries, keys]``.
+
+
+_tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+_tables_lock = threading.Lock()
+
+
+def _table(plan: _Plan, bias: Tensor | None, training: bool) -> Tensor | None:
+    """None for nothing. The table of a bias is kept for inference, with the values that it was made of."""
+    if bias is None:
+        return _mask(plan.y, plan.x, plan.dtype)
+    if training:
+        return _compose(plan, bias)
+    # Compared by value: a version counter does not see every way to change a parameter (`.data`), and memory of a
+    # freed one is used again.
+    key = (bias.data_ptr(), plan.y, plan.x, plan.dtype)
+    with _tables_lock:
+        source, table = _tables.get(key, (None, None))
+        if source is not None and table is not None and source.dtype == bias.dtype and torch.equal(source, bias):
+            _tables.move_to_end(key)
+            return table
+        with torch.inference_mode(False), torch.no_grad():
+            _tables[key] = bias.clone(), _compose(plan, bias)
+        _tables.move_to_end(key)
+        while len(_tables) > 1 and sum(kept.nbytes for _, kept in _tables.values()) > _TABLE_BYTES:
+            _tables.popitem(last=False)
+        return _tables[key][1]
+
+
+def _compose(plan: _Plan, bias: Tensor) -> Tensor:
+    entries = F.pad(bias.to(plan.dtype).flatten(1), (0, 1), value=_MASKED)
+    index = _table_index(plan.y, plan.x)
+    return entries.index_select(1, index.flatten()).view(len(entries), *index.shape)
+
+
+def _add_table(plan: _Plan, dtable: Tensor, dbias: Tensor) -> None:
+    index = _table_index(plan.y, plan.x).flatten().expand(len(dbias), -1)
+    entries = dbias.new_zeros(len(dbias), dbias[0].numel() + 1).scatter_add_(1, index, dtable.flatten(1))
+    dbias.add_(entries[:, :-1].view_as(dbias))
 
 
 @functools.lru_cache(maxsize=64)
@@ -496,9 +697,9 @@ def _mask(y: _Axis, x: _Axis, dtype: torch.dtype) -> Tensor | None:
 def _axis_index(axis: _Axis, clamped: bool) -> tuple[Tensor, Tensor]:
     """Of every (kind of tile, query, key): offset into the bias table, and whether the query sees the key."""
     tiles = [first for _, first, _ in axis.kinds(0, axis.tiles)]
-    query = torch.tensor(tiles, device="cpu")[:, None] * axis.tile + torch.arange(axis.tile, device="cpu")
-    query = query.clamp(max=axis.length - 1)  # padding
+    queries = [[min(tile * axis.tile + i, axis.length - 1) for i in range(axis.tile)] for tile in tiles]  # padded
+    query = torch.tensor(queries, device="cpu")[:, :, None]
+    window = torch.tensor([[axis.window(i) for i in row] for row in queries], device="cpu")[:, :, None]
     start = torch.tensor([axis.start(tile, clamped) for tile in tiles], device="cpu")
     key = (start[:, None] + torch.arange(axis.halo, device="cpu"))[:, None]
-    window = (query - axis.kernel // 2).clamp(0, axis.length - axis.kernel)[:, :, None]
-    return key - query[:, :, None] + axis.kernel - 1, (key >= window) & (key < window + axis.kernel)
+    return key - query + axis.kernel - 1, (key >= window) & (key < window + axis.kernel)

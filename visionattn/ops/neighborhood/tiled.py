@@ -1,9 +1,9 @@
 """Neighborhood attention in tiles of queries with the halo of their keys: the portable fast path.
 
-Two forms. On CPU the plain two-dimensional problem (and the one-dimensional, as a map of width 1) runs in
-:mod:`.slab`. Everything else, other devices and exported graphs run the general form below: index tables, one per axis,
-that gather tiles and halos; one masked attention per tile; the inverse tables. It consists of standard operators and
-its tables are computed from the axis lengths, so lengths may be symbolic in an exported graph.
+Two forms. On CPU the two-dimensional problem without causal axes (and the one-dimensional, as a map of width 1) runs
+in :mod:`.slab`. Everything else, other devices and exported graphs run the general form below: index tables, one per
+axis, that gather tiles and halos; one masked attention per tile; the inverse tables. It consists of standard operators
+and its tables are computed from the axis lengths, so lengths may be symbolic in an exported graph.
 """
 import contextlib
 import functools
@@ -42,9 +42,9 @@ def run(
         return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The public function with every argument explicit; returns the output and, if asked for, the log-sum-exp."""
-    plain = max(stride) == 1 and not any(is_causal) and additional_keys is None and not return_lse
+    plain = not any(is_causal) and additional_keys is None and not return_lse
     if plain and q.ndim <= 5 and q.device.type in ("cpu", "meta") and not exporting():
-        return _run_slab(q, k, v, kernel_size, dilation, bias, scale), None
+        return _run_slab(q, k, v, kernel_size, dilation, stride, bias, scale), None
 
     compute = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[-2] // k.shape[-2]
@@ -81,15 +81,17 @@ def run(
     return out, lse
 
 
-def _run_slab(q: Tensor, k: Tensor, v: Tensor, kernel_size, dilation, bias: Tensor | None, scale: float) -> Tensor:
+def _run_slab(
+        q: Tensor, k: Tensor, v: Tensor, kernel_size, dilation, stride, bias: Tensor | None, scale: float,
+) -> Tensor:
     group = q.shape[-2] // k.shape[-2]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=-2), v.repeat_interleave(group, dim=-2)
     if q.ndim == 5:
-        return slab_attention(q, k, v, bias, kernel_size, dilation, scale)
+        return slab_attention(q, k, v, bias, kernel_size, dilation, stride, scale)
     bias = None if bias is None else bias.unsqueeze(2)
     q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)
-    return slab_attention(q, k, v, bias, (*kernel_size, 1), (*dilation, 1), scale).squeeze(2)
+    return slab_attention(q, k, v, bias, (*kernel_size, 1), (*dilation, 1), (*stride, 1), scale).squeeze(2)
 
 
 class _Cut(NamedTuple):
