@@ -84,9 +84,9 @@ def pairs_of(spatial, kernel_size, dilation=1, stride=1, is_causal=False):
     return math.prod(axes)
 
 
-def triton_kernels(op):
+def triton_operator(op):
     pytest.importorskip("triton", reason="Triton has no build for this platform")
-    return importlib.import_module(f"visionattn.ops.{op}.triton_kernels").attention
+    return importlib.import_module(f"visionattn.ops.{op}.triton_backend").run
 
 
 def qkv(*shape, device):
@@ -104,10 +104,11 @@ def test_neighborhood_op(backend, options):
     batch, height, width, heads, dim = shape = (2, 11, 13, 2, 16)
     pairs = batch * heads * pairs_of((height, width), **options)
     if backend == "triton":
-        attention, (q, k, v) = triton_kernels("neighborhood"), qkv(*shape, device="meta")
+        attention, (q, k, v) = triton_operator("neighborhood"), qkv(*shape, device="meta")
         both_axes = {name: (value, value) for name, value in (
             dict(dilation=1, stride=1, is_causal=False) | options).items()}
-        flops, (out, _) = count(lambda: attention(q, k, v, None, **both_axes, scale=1.))
+        flops, (out, _) = count(lambda: attention(
+            q, k, v, **both_axes, bias=None, scale=1., additional_keys=None, additional_values=None, return_lse=False))
     else:
         q, k, v = qkv(*shape, device="cpu")
         flops, out = count(lambda: neighborhood_attention(q, k, v, backend=backend, **options))
@@ -122,10 +123,16 @@ def test_routed_op(backend):
     routes, region = torch.rand(batch, 1, 4, 4).topk(3).indices, (3, 4)
     pairs = batch * heads * height * width * 3 * math.prod(region)
     if backend == "triton":
-        attention, (q, k, v) = triton_kernels("routed"), qkv(*shape, device="meta")
-        flops, out = count(lambda: attention(q, k, v, routes.to("meta"), region, region, 1.))
+        attention, (q, k, v) = triton_operator("routed"), qkv(*shape, device="meta")
+        flops, out = count(lambda: attention(q, k, v, routes.to("meta"), region, region, 1., None))
     else:
         q, k, v = qkv(*shape, device="cpu")
         flops, out = count(lambda: routed_attention(q, k, v, routes, region, backend=backend))
     assert flops == 4 * dim * pairs
     assert count(lambda: torch.autograd.grad(out.sum(), (q, k, v)))[0] == 10 * dim * pairs
+
+
+def test_a_counter_made_before_the_first_call_knows_all_operators():
+    for name in ("neighborhood_slab", "neighborhood_triton", "routed_gathered", "routed_triton"):
+        for direction in ("", "_backward"):
+            assert getattr(torch.ops.visionattn, name + direction) in flop_registry

@@ -3,6 +3,7 @@ import copy
 import itertools
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
@@ -15,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from visionattn.ops import BackendError, neighborhood_attention
-from visionattn.ops.neighborhood import naive
+from visionattn.ops.neighborhood import naive, slab
 
-EXAMPLES = int(os.environ.get("VISIONATTN_HYPOTHESIS_EXAMPLES", 100))
+EXAMPLES = int(os.environ.get("VISIONATTN_HYPOTHESIS_EXAMPLES", 500))
 GOLDEN = golden.load("neighborhood_ops")
 
 
@@ -364,12 +365,13 @@ def test_random_problems(case):
 # PyTorch's machinery around the op.
 
 class Attention(torch.nn.Module):
-    """Neighborhood attention with a bias table on a fused ``[batch, height, width, 3, heads, dim]``."""
+    """Neighborhood attention, with a bias table unless causal, on a fused ``[batch, height, width, 3, heads, dim]``."""
 
     def __init__(self, heads=2, **options):
         super().__init__()
         size = options["kernel_size"]
-        self.bias = torch.nn.Parameter(torch.randn(heads, 2 * size - 1, 2 * size - 1))
+        bias = torch.nn.Parameter(torch.randn(heads, 2 * size - 1, 2 * size - 1))
+        self.bias = None if "is_causal" in options else bias
         self.options = options
 
     def forward(self, qkv):
@@ -390,8 +392,8 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize(("options", "dynamic"), [
-    (dict(dilation=2), False), (dict(dilation=2), True), (dict(stride=2), False),
-], ids=["slab", "slab_dynamic", "general"])
+    (dict(dilation=2), False), (dict(dilation=2), True), (dict(stride=2), False), (dict(is_causal=True), False),
+], ids=["slab", "slab_dynamic", "slab_strided", "general"])
 def test_compile_without_graph_break(options, dynamic):
     torch.compiler.reset()
     module = Attention(kernel_size=3, **options)
@@ -439,21 +441,97 @@ def _with_bias(program):
     return module
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}], ids=["slab", "general"])
-def test_autocast_does_not_reach_inside(options):
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["slab", "general"])
+def test_autocast_casts_the_inputs_and_nothing_inside(options):
     tensors, _ = make((12, 13), 5, dtype=torch.float32)
     module = Attention(kernel_size=5, **options)
     x = torch.stack(list(tensors.values()), dim=3)
-    expected = run_and_grad(module, x)
-    x = x.detach().requires_grad_()
+    rounded = x.detach().bfloat16().float()
+    expected = module(rounded)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x)
-        half = module(x.bfloat16())
-    gradients = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
-    for a, b in zip((out.detach(), *gradients), expected, strict=True):
-        torch.testing.assert_close(a, b)
-    assert half.dtype == torch.bfloat16
-    assert relative_error(half, expected[0].double()) < 1e-2
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected.bfloat16(), rtol=0, atol=0)  # computed in float32, rounded once
+    gradients = torch.autograd.grad(out.float().sum(), [x, *module.parameters()])
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    double = x.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module.double()(double).dtype == torch.float64  # as PyTorch's autocast leaves it
+
+
+@pytest.mark.parametrize("options", [dict(bias=True), dict(stride=2), dict(is_causal=True)], ids=str)
+def test_transforms_of_torch_func(options):
+    tensors, options = make((7, 9), 5, **options)
+    tensors = {name: x.detach() for name, x in tensors.items()}
+
+    def loss(tensors, backend="tiled"):
+        return neighborhood_attention(**tensors, **options, backend=backend).sin().sum()
+
+    expected = torch.func.grad(loss)(tensors, "naive")
+    for name, gradient in torch.func.grad(loss)(tensors).items():
+        torch.testing.assert_close(gradient, expected[name])
+    tangents = {name: torch.randn_like(x) for name, x in tensors.items()}
+    (_, forward), (_, slow) = (
+        torch.func.jvp(lambda x, backend=backend: loss(x, backend), (tensors,), (tangents,))
+        for backend in ("tiled", "naive"))
+    torch.testing.assert_close(forward, slow)
+    assert forward.abs() > 0
+    samples = {name: x if name == "bias" else x.unsqueeze(1) for name, x in tensors.items()}
+    axes = {name: None if name == "bias" else 0 for name in tensors}
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(axes,))(samples)
+    torch.testing.assert_close(per_sample["q"].squeeze(1), expected["q"])
+
+
+@pytest.mark.parametrize("size", [(14, 15), (30, 27)], ids=["dense", "slab"])
+@torch.no_grad()
+def test_table_of_a_bias_is_never_stale(size):
+    """It is kept between calls; whatever changes the parameter must reach the next one."""
+    module, x = Attention(kernel_size=5), torch.randn(2, *size, 3, 2, 8)
+
+    def check():
+        expected = neighborhood_attention(*x.unbind(3), 5, bias=module.bias, backend="naive")
+        for _ in range(2):
+            torch.testing.assert_close(module(x), expected)
+
+    check()
+    module.bias.mul_(2)
+    check()
+    module.bias.data.mul_(2)  # version counters do not see this
+    check()
+    module.load_state_dict({"bias": torch.randn_like(module.bias)})
+    check()
+    module.half().float()  # may get its old memory back, with rounded values
+    check()
+    module, x = module.double(), x.double()
+    check()
+    module = copy.deepcopy(module)
+    check()
+    module.bias = torch.nn.Parameter(torch.randn_like(module.bias))
+    check()
+    check_with_new = copy.deepcopy(module)
+    check_with_new.bias.zero_()
+    check()
+
+
+def test_what_another_call_left_in_memory_does_not_matter():
+    cases = [make(size, 5, dilation=dilation, bias=True, dtype=torch.float32)
+             for size, dilation in (((23, 29), 1), ((23, 29), 3), ((64, 40), 1))]
+    expected = [outputs_and_gradients(*case, "naive") for case in cases]
+    for case, correct in zip(cases, expected, strict=True):
+        slab._memory.kept = torch.full((slab._WORKSPACE_BYTES // 4,), float("nan")).view(torch.uint8)
+        for actual, right in zip(outputs_and_gradients(*case, "tiled").values(), correct.values(), strict=True):
+            torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-5)
+    slab._memory.kept = None
+
+
+def test_threads_do_not_share_memory():
+    tensors, options = make((37, 41), 7, dtype=torch.float32, bias=True)
+    tensors = {name: x.detach() for name, x in tensors.items()}
+    expected = neighborhood_attention(**tensors, **options, backend="naive")
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: neighborhood_attention(**tensors, **options), range(16)))
+    for out in results:
+        torch.testing.assert_close(out, expected)
 
 
 def test_inference_mode_first_then_training():

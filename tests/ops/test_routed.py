@@ -197,12 +197,33 @@ class TestGathered:
         for first, second in zip(gradients("gathered", arguments), gradients("gathered", arguments), strict=True):
             assert torch.equal(first, second)
 
-    def test_autocast(self):
+    def test_autocast_casts_the_inputs_and_nothing_inside(self):
         arguments = problem(dtype=torch.float32)
-        expected = gradients("gathered", arguments)
+        rounded = {name: arguments[name].bfloat16().float() for name in "qkv"}
+        expected = routed_attention(**arguments | rounded, backend="gathered").bfloat16()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = routed_attention(**arguments, backend="gathered")
-        assert torch.equal(out, expected[0])
+        assert torch.equal(out, expected)
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_transforms_of_torch_func(self, weighted):
+        arguments = problem(weighted=weighted)
+        names = [name for name in ("q", "k", "v", "route_weights") if arguments[name] is not None]
+        leaves = {name: arguments.pop(name).detach() for name in names}
+        if not weighted:
+            arguments.pop("route_weights")
+
+        def loss(leaves, backend="gathered"):
+            return routed_attention(**arguments, **leaves, backend=backend).sin().sum()
+
+        expected = torch.func.grad(loss)(leaves, "naive")
+        for name, gradient in torch.func.grad(loss)(leaves).items():
+            torch.testing.assert_close(gradient, expected[name])
+        tangents = {name: torch.randn_like(x) for name, x in leaves.items()}
+        (_, forward), (_, slow) = (
+            torch.func.jvp(lambda x, backend=backend: loss(x, backend), (leaves,), (tangents,))
+            for backend in ("gathered", "naive"))
+        torch.testing.assert_close(forward, slow)
 
     @pytest.mark.parametrize("weighted", [False, True])
     def test_gradcheck(self, weighted):

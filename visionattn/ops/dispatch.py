@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["Backend", "BackendError", "Op", "chosen", "explain", "exporting", "use_backend"]
+__all__ = [
+    "Backend", "BackendError", "Op", "cast_for_autocast", "chosen", "explain", "exporting", "transforming",
+    "use_backend",
+]
 
 
 class BackendError(ValueError):
@@ -101,6 +105,20 @@ def exporting() -> bool:
     (PyTorch 2.11 says that it exports whenever Dynamo traces, for torch.compile too.)
     """
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work; they see through standard operators only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts the inputs of an op to autocast's dtype where autocast is on, as PyTorch does for its own attention."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 @contextmanager

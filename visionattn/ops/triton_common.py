@@ -12,17 +12,11 @@ from torch import Tensor
 
 __all__ = [
     "LOG2E", "block_size", "constants", "layout", "load_rows", "score_gradient", "scores", "softmax_finish",
-    "softmax_step", "store_rows", "token_strided",
+    "softmax_step", "store_rows",
 ]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2.0))
-
-
-def token_strided(x: Tensor) -> Tensor:
-    """``x`` itself if its tokens are evenly spaced and its channels adjacent, as in views of a fused projection."""
-    even = all(x.stride(axis) == x.stride(axis + 1) * x.shape[axis + 1] for axis in range(1, x.ndim - 3))
-    return x if even and x.stride(-1) == 1 else x.contiguous()
 
 
 def layout(x: Tensor) -> tuple[int, int, int]:

@@ -3,10 +3,11 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
-from .dispatch import exporting
+from .dispatch import exporting, transforming
 
-__all__ = ["automatic", "supports"]
+__all__ = ["automatic", "supports", "token_strided"]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace the search
 _MAX_DIM = 256
@@ -27,9 +28,17 @@ def supports(problem) -> tuple[bool, str]:
         return False, f"the triton kernels take head dims up to {_MAX_DIM}"
     if exporting():
         return False, "an exported graph is made of standard operators"
+    if transforming():
+        return False, "torch.func transforms take standard operators only"
     return True, ""
 
 
 def automatic(problem) -> bool:
     """The interpreter is for tests: on a CPU the kernels run only when asked for by name."""
     return problem.device == "cuda"
+
+
+def token_strided(x: Tensor) -> Tensor:
+    """``x`` itself if its tokens are evenly spaced and its channels adjacent, as in views of a fused projection."""
+    even = all(x.stride(axis) == x.stride(axis + 1) * x.shape[axis + 1] for axis in range(1, x.ndim - 3))
+    return x if even and x.stride(-1) == 1 else x.contiguous()

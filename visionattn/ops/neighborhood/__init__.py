@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..dispatch import Backend, Op
+from ..dispatch import Backend, Op, cast_for_autocast
 from . import naive, natten_backend, tiled, triton_backend
 
 __all__ = ["NeighborhoodProblem", "neighborhood_attention"]
@@ -88,7 +88,8 @@ def neighborhood_attention(
         return_lse: Also return the log-sum-exp of the scores.
 
     Returns:
-        ``[batch, *spatial, heads, value_dim]`` in the dtype of q (computed in float32 or better); with ``return_lse``
+        ``[batch, *spatial, heads, value_dim]`` in the dtype of q, or autocast's where that is on (computed in float32
+        or better); with ``return_lse``
         also ``[batch, *spatial, heads]`` in the compute dtype, natural logarithm, of the scaled and biased scores.
 
     Raises:
@@ -103,6 +104,9 @@ def neighborhood_attention(
     dilation = _per_axis("dilation", dilation, axes, int)
     stride = _per_axis("stride", stride, axes, int)
     is_causal = _per_axis("is_causal", is_causal, axes, bool)
+    q, k, v = cast_for_autocast(q, k, v)
+    if additional_keys is not None and additional_values is not None:
+        additional_keys, additional_values = cast_for_autocast(additional_keys, additional_values)
     _check_tensors(q, k, v, additional_keys, additional_values)
     _check_windows(q.shape[1:-2], kernel_size, dilation, stride)
     if bias is not None:

@@ -31,7 +31,7 @@ __all__ = ["slab_attention"]
 _CHUNK_BYTES = 4 << 20  # scores of one chunk, unless all are not twice as many (measured)
 _DENSE_TOKENS = 18 * 18  # classes up to this size are one tile, done by PyTorch's dense attention (measured)
 _WORKSPACE_BYTES = 64 << 20  # a thread keeps no larger workspace
-_TABLE_BYTES = 128 << 20  # tables of biases that are kept for inference
+_TABLE_BYTES = 128 << 20  # tables of biases that are kept
 _MASKED = -1e30  # finite: a row of padding has no valid key and must not become NaN
 
 # The kernels of PyTorch's dense attention on CPU: its public function does not return what the backward needs.
@@ -80,17 +80,16 @@ def _slab_forward(
     """The output, and the log-sum-exp ``[batch, height, width, heads]`` where the dense backward wants it, else 0."""
     compute = torch.promote_types(q.dtype, torch.float32)
     plans = _plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
-    training = torch.is_grad_enabled()
     with _no_autocast():
         if plans[0].is_whole:
             out, lse = _dense(*(x.flatten(1, 2).transpose(1, 2).to(compute) for x in (q, k, v)),
-                              _table(plans[0], bias, training), scale)
+                              _table(plans[0], bias), scale)
             return (out.transpose(1, 2).reshape(v.shape).to(q.dtype),
                     lse.transpose(1, 2).contiguous().view(q.shape[:-1]))
         out = q.new_empty(v.shape)
         lse = q.new_zeros(q.shape[:-1], dtype=compute)
         for plan in plans:
-            table, work = _table(plan, bias, training), _Work(plan, backward=False)
+            table, work = _table(plan, bias), _Work(plan, backward=False)
             if plan.is_dense:
                 result, sums = _dense(*(work.tokens(x) for x in (q, k, v)), table, scale)
                 work.store_tokens(result, out)
@@ -123,23 +122,27 @@ def _slab_backward(
     plans = _plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
     dbias = q.new_zeros(0 if bias is None or not bias_grad else bias.shape, dtype=compute)
     with _no_autocast():
-        if plans[0].is_whole and not bias_grad:
+        if plans[0].is_whole:
             gradients = _dense_backward(
                 *(x.flatten(1, 2).transpose(1, 2).to(compute) for x in (grad, q, k, v, out)),
-                lse.flatten(1, 2).transpose(1, 2), _table(plans[0], bias, training=True), scale)
+                lse.flatten(1, 2).transpose(1, 2), _table(plans[0], bias), scale, bias_grad)
+            if bias_grad:
+                _add_table(plans[0], gradients[3], dbias)
             dq, dk, dv = (
-                x.transpose(1, 2).reshape(y.shape).to(y.dtype) for x, y in zip(gradients, (q, k, v), strict=True))
+                x.transpose(1, 2).reshape(y.shape).to(y.dtype) for x, y in zip(gradients[:3], (q, k, v), strict=True))
             return dq, dk, dv, dbias if bias is None else dbias.to(bias.dtype)
         dq = q.new_empty(q.shape)
         dk, dv = k.new_zeros(k.shape, dtype=compute), v.new_zeros(v.shape, dtype=compute)
         for plan in plans:
-            table, work = _table(plan, bias, training=True), _Work(plan, backward=True)
-            if plan.is_dense and not bias_grad:
+            table, work = _table(plan, bias), _Work(plan, backward=True)
+            if plan.is_dense:
                 gradients = _dense_backward(
                     *(work.tokens(x) for x in (grad, q, k, v, out)),
-                    work.tokens(lse.unsqueeze(-1)).squeeze(-1), table, scale)
-                for gradient, target in zip(gradients, (dq, dk, dv), strict=True):
+                    work.tokens(lse.unsqueeze(-1)).squeeze(-1), table, scale, bias_grad)
+                for gradient, target in zip(gradients[:3], (dq, dk, dv), strict=True):
                     work.store_tokens(gradient, target)
+                if bias_grad:
+                    _add_table(plan, gradients[3], dbias)
                 continue
             dtable = None if table is None or not bias_grad else torch.zeros_like(table)
             for chunk in plan.chunks:
@@ -217,10 +220,31 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale: float) 
 
 def _dense_backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, table: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v, out))
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *tensors, lse, 0.0, False, attn_mask=_dense_mask(table), scale=scale)
+        table_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and, if asked for, of the table, which PyTorch's kernel does not have."""
+    if table is None or not table_grad:
+        tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v, out))
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, lse, 0.0, False, attn_mask=_dense_mask(table), scale=scale)
+    batch, heads, tokens, _ = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (q, k, v))
+    dtable = torch.zeros_like(table)
+    size = heads * tokens * tokens
+    step = min(max(_CHUNK_BYTES // (size * q.element_size()), 1), batch)
+    memory = _memory.take(2 * step * size, q.dtype)
+    for images in (slice(i, min(i + step, batch)) for i in range(0, batch, step)):
+        count = (images.stop - images.start) * heads
+        p, ds = memory[:2 * count * tokens * tokens].view(2, count, tokens, tokens)
+        queries, keys, values, dout = (x[images].reshape(count, tokens, -1) for x in (q * scale, k, v, grad))
+        scores = torch.bmm(queries, keys.mT, out=p).view(-1, heads, tokens, tokens).add_(table[:, 0, 0])
+        torch.softmax(scores, dim=-1, out=scores)
+        torch.bmm(p.mT, dout, out=dv[images].view_as(values))
+        torch._softmax_backward_data(torch.bmm(dout, values.mT, out=ds), p, -1, p.dtype, grad_input=ds)
+        dtable[:, 0, 0] += ds.view(-1, heads, tokens, tokens).sum(0)
+        torch.bmm(ds.mT, queries, out=dk[images].view_as(keys))
+        torch.bmm(ds, keys, out=dq[images].view_as(queries)).mul_(scale)
+    return dq, dk, dv, dtable
 
 
 def _dense_mask(table: Tensor | None) -> Tensor | None:
@@ -639,26 +663,23 @@ _tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
 _tables_lock = threading.Lock()
 
 
-def _table(plan: _Plan, bias: Tensor | None, training: bool) -> Tensor | None:
-    """None for nothing. The table of a bias is kept for inference, with the values that it was made of."""
+def _table(plan: _Plan, bias: Tensor | None) -> Tensor | None:
+    """None for nothing. The table of a bias is kept, with the values that it was made of."""
     if bias is None:
         return _mask(plan.y, plan.x, plan.dtype)
-    if training:
-        return _compose(plan, bias)
-    # Compared by value: a version counter does not see every way to change a parameter (`.data`), and memory of a
+    # Compared by value: a version counter does not see every way to change a parameter (`.data`), and the memory of a
     # freed one is used again.
-    key = (bias.data_ptr(), plan.y, plan.x, plan.dtype)
+    key = (bias.data_ptr(), bias.shape, bias.dtype, plan.y, plan.x, plan.dtype)
     with _tables_lock:
         source, table = _tables.get(key, (None, None))
-        if source is not None and table is not None and source.dtype == bias.dtype and torch.equal(source, bias):
-            _tables.move_to_end(key)
-            return table
-        with torch.inference_mode(False), torch.no_grad():
-            _tables[key] = bias.clone(), _compose(plan, bias)
+        if source is None or table is None or not torch.equal(source, bias):
+            with torch.inference_mode(False), torch.no_grad():
+                source, table = bias.clone(), _compose(plan, bias)
+            _tables[key] = source, table
         _tables.move_to_end(key)
         while len(_tables) > 1 and sum(kept.nbytes for _, kept in _tables.values()) > _TABLE_BYTES:
             _tables.popitem(last=False)
-        return _tables[key][1]
+        return table
 
 
 def _compose(plan: _Plan, bias: Tensor) -> Tensor:

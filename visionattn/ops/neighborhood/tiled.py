@@ -1,9 +1,10 @@
 """Neighborhood attention in tiles of queries with the halo of their keys: the portable fast path.
 
-Two forms. On CPU the two-dimensional problem without causal axes (and the one-dimensional, as a map of width 1) runs
-in :mod:`.slab`. Everything else, other devices and exported graphs run the general form below: index tables, one per
-axis, that gather tiles and halos; one masked attention per tile; the inverse tables. It consists of standard operators
-and its tables are computed from the axis lengths, so lengths may be symbolic in an exported graph.
+Three forms. A window as large as the map is dense attention. On CPU the two-dimensional problem without causal axes
+(and the one-dimensional, as a map of width 1) runs in :mod:`.slab`. Everything else, other devices, exported graphs and
+transforms of torch.func run the general form below: index tables, one per axis, that gather tiles and halos; one masked
+attention per tile; the inverse tables. It consists of standard operators and its tables are computed from the axis
+lengths, so lengths may be symbolic in an exported graph.
 """
 import contextlib
 import functools
@@ -12,9 +13,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import exporting
+from ..dispatch import exporting, transforming
 from .slab import slab_attention
 
 __all__ = ["run", "supports"]
@@ -43,7 +45,9 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """The public function with every argument explicit; returns the output and, if asked for, the log-sum-exp."""
     plain = not any(is_causal) and additional_keys is None and not return_lse
-    if plain and q.ndim <= 5 and q.device.type in ("cpu", "meta") and not exporting():
+    if plain and not exporting() and tuple(q.shape[1:-2]) == kernel_size and (bias is None or q.dtype == bias.dtype):
+        return _run_dense(q, k, v, kernel_size, bias, scale), None
+    if plain and q.ndim <= 5 and q.device.type in ("cpu", "meta") and not exporting() and not transforming():
         return _run_slab(q, k, v, kernel_size, dilation, stride, bias, scale), None
 
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -79,6 +83,30 @@ def run(
         out = _scatter(out.unflatten(3, (group, -1)).flatten(2, 3), cuts).to(q.dtype)
         lse = _scatter(scores.logsumexp(dim=-1, keepdim=True).flatten(2, 3), cuts).squeeze(-1) if return_lse else None
     return out, lse
+
+
+def _run_dense(q: Tensor, k: Tensor, v: Tensor, kernel_size, bias: Tensor | None, scale: float) -> Tensor:
+    """Windows as large as the map are PyTorch's own attention; the bias table is composed to a mask."""
+    group = q.shape[-2] // k.shape[-2]
+    mask = None
+    if bias is not None:
+        index = _dense_entries(kernel_size, q.device)
+        mask = bias.flatten(1).index_select(1, index.flatten()).view(1, -1, *index.shape)
+    tensors = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*tensors, attn_mask=mask, scale=scale, enable_gqa=group > 1)
+    return out.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])
+
+
+@functools.lru_cache(maxsize=16)
+def _dense_entries(kernel_size: tuple[int, ...], device: torch.device) -> Tensor:
+    """Entry of the flattened bias table of every query and key of a map of the window's size, ``[tokens, tokens]``."""
+    with torch.inference_mode(False):
+        place = torch.cartesian_prod(*(torch.arange(size, device=device) for size in kernel_size))
+        place = place.view(-1, len(kernel_size))
+        entry = torch.zeros(len(place), len(place), dtype=torch.long, device=device)
+        for axis, size in enumerate(kernel_size):
+            entry = entry * (2 * size - 1) + place[:, axis] - place[:, None, axis] + size - 1
+        return entry
 
 
 def _run_slab(

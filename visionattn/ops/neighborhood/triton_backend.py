@@ -1,5 +1,7 @@
-"""Neighborhood attention by the project's Triton kernels, imported when they first run."""
+"""Neighborhood attention by the project's Triton kernels as torch operators; Triton is imported when they first run."""
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import triton_support
 
@@ -30,7 +32,71 @@ def run(
         return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The public function with every argument explicit; returns the output and, if asked for, the log-sum-exp."""
-    from .triton_kernels import attention
-
-    out, lse = attention(q, k, v, bias, kernel_size, dilation, stride, is_causal, scale)
+    q, k, v = (triton_support.token_strided(x) for x in (q, k, v))
+    out, lse = _forward(q, k, v, bias, list(kernel_size), list(dilation), list(stride), list(is_causal), scale)
     return out, lse if return_lse else None
+
+
+@torch.library.custom_op("visionattn::neighborhood_triton", mutates_args=())
+def _forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: list[int], dilation: list[int],
+        stride: list[int], is_causal: list[bool], scale: float,
+) -> tuple[Tensor, Tensor]:
+    from .triton_kernels import forward
+
+    return forward(q, k, v, bias, kernel_size, dilation, stride, is_causal, scale)
+
+
+@_forward.register_fake
+def _(q, k, v, bias, kernel_size, dilation, stride, is_causal, scale):
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("visionattn::neighborhood_triton_backward", mutates_args=())
+def _backward(
+        grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+        kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[bool], scale: float,
+        needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .triton_kernels import backward
+
+    return backward(
+        grad, grad_lse, q, k, v, bias, out, lse, kernel_size, dilation, stride, is_causal, scale, needs_bias)
+
+
+@_backward.register_fake
+def _(grad, grad_lse, q, k, v, bias, out, lse, kernel_size, dilation, stride, is_causal, scale, needs_bias):
+    grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs_bias else q.new_empty(0)
+    return (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), grad_bias)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, bias, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, bias, *output)
+
+
+def _autograd(ctx, grad, grad_lse):
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    needs_bias = bias is not None and ctx.needs_input_grad[3]
+    *grads, grad_bias = _backward(
+        grad.contiguous(), grad_lse.contiguous(), q, k, v, bias, out, lse, *ctx.options, needs_bias)
+    return (*grads, grad_bias if needs_bias else None, None, None, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.visionattn.neighborhood_triton)
+def _forward_flops(q, k, v, bias, kernel_size, dilation, stride, is_causal, *args, **kwargs) -> int:
+    from .triton_kernels import pairs
+
+    return 2 * pairs(q, kernel_size, dilation, stride, is_causal) * (q[-1] + v[-1])
+
+
+@register_flop_formula(torch.ops.visionattn.neighborhood_triton_backward)
+def _backward_flops(
+        grad, grad_lse, q, k, v, bias, out, lse, kernel_size, dilation, stride, is_causal, *args, **kwargs,
+) -> int:
+    from .triton_kernels import pairs
+
+    return 2 * pairs(q, kernel_size, dilation, stride, is_causal) * (3 * q[-1] + 2 * v[-1])

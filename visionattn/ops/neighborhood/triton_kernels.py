@@ -12,13 +12,13 @@ round towards zero in Triton.
 """
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..triton_common import (
     LOG2E,
@@ -31,38 +31,16 @@ from ..triton_common import (
     softmax_finish,
     softmax_step,
     store_rows,
-    token_strided,
 )
 
-__all__ = ["attention"]
+__all__ = ["backward", "forward", "pairs"]
 
 
-def attention(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        kernel_size: tuple[int, ...],
-        dilation: tuple[int, ...],
-        stride: tuple[int, ...],
-        is_causal: tuple[bool, ...],
-        scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output ``[batch, *spatial, heads, value_dim]`` and log-sum-exp ``[batch, *spatial, heads]`` (float32)."""
-    out, lse = _forward(
-        token_strided(q), token_strided(k), token_strided(v), bias,
-        list(kernel_size), list(dilation), list(stride), list(is_causal), scale)
-    return out, lse
-
-
-# --- The torch operators ----------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("visionattn::neighborhood_triton", mutates_args=())
-def _forward(
+def forward(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: list[int], dilation: list[int],
         stride: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Output ``[batch, *spatial, heads, value_dim]`` and log-sum-exp ``[batch, *spatial, heads]`` (float32)."""
     plan = _plan(tuple(q.shape[1:-2]), tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal))
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -71,17 +49,12 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _(q, k, v, bias, kernel_size, dilation, stride, is_causal, scale):
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("visionattn::neighborhood_triton_backward", mutates_args=())
-def _backward(
+def backward(
         grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
         kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[bool], scale: float,
         needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and (empty unless ``needs_bias``) bias."""
     plan = _plan(tuple(q.shape[1:-2]), tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal))
     batch, heads = q.shape[0], q.shape[-2]
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -111,47 +84,13 @@ def _backward(
     return grad_q, grad_k, grad_v, grad_bias.reshape(bias.shape).to(bias.dtype)
 
 
-@_backward.register_fake
-def _(grad, grad_lse, q, k, v, bias, out, lse, kernel_size, dilation, stride, is_causal, scale, needs_bias):
-    grad_bias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs_bias else q.new_empty(0)
-    return (*(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), grad_bias)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, bias, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, bias, *output)
-
-
-def _autograd(ctx, grad, grad_lse):
-    q, k, v, bias, out, lse = ctx.saved_tensors
-    needs_bias = bias is not None and ctx.needs_input_grad[3]
-    *grads, grad_bias = _backward(
-        grad.contiguous(), grad_lse.contiguous(), q, k, v, bias, out, lse, *ctx.options, needs_bias)
-    return (*grads, grad_bias if needs_bias else None, None, None, None, None, None)
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.visionattn.neighborhood_triton)
-def _forward_flops(q, k, v, bias, kernel_size, dilation, stride, is_causal, *args, **kwargs) -> int:
-    return 2 * _pairs(q, kernel_size, dilation, stride, is_causal) * (q[-1] + v[-1])
-
-
-@register_flop_formula(torch.ops.visionattn.neighborhood_triton_backward)
-def _backward_flops(
-        grad, grad_lse, q, k, v, bias, out, lse, kernel_size, dilation, stride, is_causal, *args, **kwargs,
-) -> int:
-    return 2 * _pairs(q, kernel_size, dilation, stride, is_causal) * (3 * q[-1] + 2 * v[-1])
-
-
-def _pairs(q_shape, *options) -> int:
-    """Number of query-key pairs."""
-    pairs = q_shape[0] * q_shape[-2]
+def pairs(q_shape: Sequence[int], *options: Sequence) -> int:
+    """Number of query-key pairs; the options are kernel size, dilation, stride and causality, one per axis each."""
+    count = q_shape[0] * q_shape[-2]
     for length, kernel, dilation, stride, causal in zip(q_shape[1:-2], *options, strict=True):
         members = [(length - residue + dilation - 1) // dilation for residue in range(dilation)]
-        pairs *= sum(end - start for n in members for start, end in _windows(n, kernel, stride, causal))
-    return pairs
+        count *= sum(end - start for n in members for start, end in _windows(n, kernel, stride, causal))
+    return count
 
 
 # --- Launch parameters ------------------------------------------------------------------------------------------------

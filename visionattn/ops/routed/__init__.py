@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..dispatch import Backend, Op
+from ..dispatch import Backend, Op, cast_for_autocast
 from . import gathered, naive, triton_backend
 
 __all__ = ["RoutedProblem", "routed_attention"]
@@ -77,6 +77,7 @@ def routed_attention(
         BackendError: ``backend`` cannot do this problem (a ValueError too).
     """
     sizes: Any = tuple(region_size) if isinstance(region_size, Sequence) else (region_size, region_size)
+    q, k, v = cast_for_autocast(q, k, v)
     grid = _check_maps(q, k, v, sizes)
     _check_routes(routes, q, grid, route_weights)
     key_region_size = (k.shape[1] // grid[0], k.shape[2] // grid[1])

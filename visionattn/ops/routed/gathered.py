@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import exporting
+from ..dispatch import exporting, transforming
 from . import naive
 
 __all__ = ["run", "supports"]
@@ -37,8 +37,10 @@ def run(
         scale: float,
         route_weights: Tensor | None,
 ) -> Tensor:
-    """The public function with every argument explicit. While exporting, the naive form stands for it."""
-    if exporting() or torch.jit.is_tracing():
+    """The public function with every argument explicit. The naive form stands for it where standard operators are
+    wanted: in exported graphs and under transforms of torch.func.
+    """
+    if exporting() or transforming() or torch.jit.is_tracing():
         return naive.run(q, k, v, routes, region_size, key_region_size, scale, route_weights)
     return _forward(q, k, v, routes, route_weights, list(region_size), list(key_region_size), scale)
 

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..triton_common import (
     LOG2E,
@@ -25,32 +24,18 @@ from ..triton_common import (
     softmax_finish,
     softmax_step,
     store_rows,
-    token_strided,
 )
-from . import naive
 
-__all__ = ["attention"]
+__all__ = ["backward", "forward"]
 
 _CHUNK_QUERIES = 512  # query tokens in a chunk of a transposed list, unless its routes are more
 
 
-def attention(
-        q: Tensor, k: Tensor, v: Tensor, routes: Tensor, region_size: tuple[int, int],
-        key_region_size: tuple[int, int], scale: float,
-) -> Tensor:
-    """Output ``[batch, height, width, heads, value_dim]``."""
-    return _forward(token_strided(q), token_strided(k), token_strided(v), routes.int().contiguous(),
-                    list(region_size), list(key_region_size), scale)[0]
-
-
-# --- The torch operators ----------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("visionattn::routed_triton", mutates_args=())
-def _forward(
+def forward(
         q: Tensor, k: Tensor, v: Tensor, routes: Tensor, region_size: list[int], key_region_size: list[int],
         scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Output ``[batch, height, width, heads, value_dim]`` and log-sum-exp ``[batch, height, width, heads]``."""
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     common, rows = _common(q, k, v, routes, region_size, key_region_size)
@@ -60,16 +45,11 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _(q, k, v, routes, region_size, key_region_size, scale):
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("visionattn::routed_triton_backward", mutates_args=())
-def _backward(
+def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor,
         region_size: list[int], key_region_size: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
     batch, heads = q.shape[0], q.shape[-2]
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
@@ -94,34 +74,6 @@ def _backward(
             common["grid_width"], common["key_width"], common["key_map"], DIM=dim,
             BLOCK=max(16, triton.next_power_of_2(dim)), KEY_REGION=tuple(key_region_size), BM=rows)
     return grad_q, grad_k, grad_v
-
-
-@_backward.register_fake
-def _(grad, q, k, v, routes, out, lse, region_size, key_region_size, scale):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, routes, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, routes, *output)
-
-
-def _autograd(ctx, grad, _):
-    # The log-sum-exp is saved for the backward pass only; nothing outside this file sees it.
-    return *_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.visionattn.routed_triton)
-def _forward_flops(q, k, v, routes, region_size, key_region_size, *args, **kwargs) -> int:
-    return naive.flops(q, v, routes, key_region_size)
-
-
-@register_flop_formula(torch.ops.visionattn.routed_triton_backward)
-def _backward_flops(grad, q, k, v, routes, out, lse, region_size, key_region_size, *args, **kwargs) -> int:
-    return naive.backward_flops(q, v, routes, key_region_size)
 
 
 # --- Launch parameters ------------------------------------------------------------------------------------------------
