@@ -9,8 +9,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import golden
 from visionattn.layers import BiLevelRoutingAttention
 from visionattn.ops import BackendError, routed_attention, use_backend
+from visionattn.ops.routed import gathered
 
 BACKENDS = ("naive", "gathered")
+
+
+@pytest.fixture(params=["units", "dense"], autouse=True)
+def form(request, monkeypatch):
+    """The two forms of the fast path: that of small maps does nearly all cases of this file, if not kept out."""
+    if request.param == "units":
+        monkeypatch.setattr(gathered, "_DENSE_TOKENS", 0)
+    else:
+        monkeypatch.setattr(gathered, "_DENSE_REGIONS", 10**6)
+
+
 CASES = {case["name"]: case for case in golden.load("routed_ops")["cases"]}
 
 

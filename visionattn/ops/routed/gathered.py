@@ -2,7 +2,8 @@
 
 The work is a list of units, one query region of one head of one image each. A few units at a time gather their keys
 into a small buffer that stays in the cache, so memory does not grow with topk. The backward pass gathers again instead
-of keeping anything. Half precision is computed in float32.
+of keeping anything. On CPU, small maps with long lists run in PyTorch's dense attention under a mask. Half precision is
+computed in float32.
 """
 import math
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ __all__ = ["run", "supports"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CHUNK_BYTES = 2 ** 20  # of keys, values or scores at a time, about a core's L2 cache
+_DENSE_TOKENS = 18 * 18  # maps up to this size, with lists of at least one region in so many, are done densely
+_DENSE_REGIONS = 4
+
+# The kernels of PyTorch's dense attention on CPU: its public function does not return what the backward needs.
+_aten = torch.ops.aten
 
 
 def supports(problem) -> tuple[bool, str]:
@@ -42,7 +48,7 @@ def run(
     """
     if exporting() or transforming() or torch.jit.is_tracing():
         return naive.run(q, k, v, routes, region_size, key_region_size, scale, route_weights)
-    return _forward(q, k, v, routes, route_weights, list(region_size), list(key_region_size), scale)
+    return _forward(q, k, v, routes, route_weights, list(region_size), list(key_region_size), scale)[0]
 
 
 @torch.library.custom_op("visionattn::routed_gathered", mutates_args=())
@@ -55,9 +61,16 @@ def _forward(
         region_size: list[int],
         key_region_size: list[int],
         scale: float,
-) -> Tensor:
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp ``[batch, height, width, heads]`` where the dense backward wants it, else 0."""
     with torch.autocast(q.device.type, enabled=False):
+        if _is_dense(q, k, v, routes, route_weights):
+            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+                *(_tokens(x) for x in (q, k, v)), attn_mask=_mask(routes, q, k, region_size, key_region_size),
+                scale=scale)
+            return _to_map(out, q), lse.transpose(1, 2).contiguous().view(q.shape[:-1])
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        lse = q.new_zeros(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
         for images in _image_groups(q, k, v):
             queries = _to_units(q[images], region_size).mul_(scale)
             keys, values = _to_units(k[images], key_region_size), _to_units(v[images], key_region_size)
@@ -72,12 +85,13 @@ def _forward(
                     _by_region(attention, weights[units])
                 torch.bmm(attention, _gather(values, rows[units]), out=result[units])
             _from_units(result, region_size, out[images])
-    return out
+    return out, lse
 
 
 @_forward.register_fake
 def _(q, k, v, routes, route_weights, region_size, key_region_size, scale):
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), lse
 
 
 @torch.library.custom_op("visionattn::routed_gathered_backward", mutates_args=())
@@ -88,14 +102,22 @@ def _backward(
         v: Tensor,
         routes: Tensor,
         route_weights: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
         region_size: list[int],
         key_region_size: list[int],
         scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     grad_weights = q.new_zeros(routes.shape if route_weights is not None else 0,
                                dtype=torch.promote_types(q.dtype, torch.float32))
     with torch.autocast(q.device.type, enabled=False):
+        if _is_dense(q, k, v, routes, route_weights):
+            gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(_tokens(x) for x in (grad, q, k, v, out)), lse.flatten(1, 2).transpose(1, 2), 0.0, False,
+                attn_mask=_mask(routes, q, k, region_size, key_region_size), scale=scale)
+            grad_q, grad_k, grad_v = (_to_map(x, like) for x, like in zip(gradients, (q, k, v), strict=True))
+            return grad_q, grad_k, grad_v, grad_weights
+        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         for images in _image_groups(q, k, v):
             queries, grads = _to_units(q[images], region_size).mul_(scale), _to_units(grad[images], region_size)
             keys, values = _to_units(k[images], key_region_size), _to_units(v[images], key_region_size)
@@ -132,7 +154,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, q, k, v, routes, route_weights, region_size, key_region_size, scale):
+def _(grad, q, k, v, routes, route_weights, out, lse, region_size, key_region_size, scale):
     weights = q.new_empty(routes.shape if route_weights is not None else 0,
                           dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), weights
@@ -140,12 +162,13 @@ def _(grad, q, k, v, routes, route_weights, region_size, key_region_size, scale)
 
 def _setup_context(ctx, inputs, output):
     q, k, v, routes, route_weights, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, routes, route_weights)
+    ctx.save_for_backward(q, k, v, routes, route_weights, *output)
 
 
-def _autograd(ctx, grad):
-    q, k, v, routes, route_weights = ctx.saved_tensors
-    grad_q, grad_k, grad_v, grad_weights = _backward(grad, q, k, v, routes, route_weights, *ctx.options)
+def _autograd(ctx, grad, _):
+    q, k, v, routes, route_weights, out, lse = ctx.saved_tensors
+    grad_q, grad_k, grad_v, grad_weights = _backward(
+        grad.contiguous(), q, k, v, routes, route_weights, out, lse, *ctx.options)
     grad_weights = None if route_weights is None else grad_weights.to(route_weights.dtype)
     return grad_q, grad_k, grad_v, None, grad_weights, None, None, None
 
@@ -159,8 +182,41 @@ def _forward_flops(q, k, v, routes, route_weights, region_size, key_region_size,
 
 
 @register_flop_formula(torch.ops.visionattn.routed_gathered_backward)
-def _backward_flops(grad, q, k, v, routes, route_weights, region_size, key_region_size, *_, **__) -> int:
+def _backward_flops(
+        grad, q, k, v, routes, route_weights, output, lse, region_size, key_region_size, *_, **__,
+) -> int:
+    # (No argument may be called out_shape or out: PyTorch passes one of that name.)
     return naive.backward_flops(q, v, routes, key_region_size)
+
+
+def _is_dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None) -> bool:
+    """Whether dense attention under a mask costs less than gathering (measured)."""
+    tokens, regions, topk = k.shape[1] * k.shape[2], routes.shape[2], routes.shape[3]
+    return (q.device.type == "cpu" and route_weights is None and q.shape[-1] == v.shape[-1]
+            and tokens <= _DENSE_TOKENS and regions <= _DENSE_REGIONS * topk)
+
+
+def _mask(routes: Tensor, q: Tensor, k: Tensor, region_size: list[int], key_region_size: list[int]) -> Tensor:
+    """What is added to the scores of all tokens: minus infinity for regions that are not listed."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    times = routes.new_zeros(*routes.shape[:3], routes.shape[2], dtype=dtype)
+    times.scatter_add_(3, routes, torch.ones_like(routes, dtype=dtype))
+    mask = times.log_()  # a region that is listed twice counts twice in the softmax
+    for axis, x, size in ((3, k, key_region_size), (2, q, region_size)):  # whole rows last, they are copied faster
+        rows, columns = (torch.arange(x.shape[1 + i], device=q.device) // size[i] for i in range(2))
+        mask = mask.index_select(axis, (rows[:, None] * (x.shape[2] // size[1]) + columns).flatten())
+    return mask
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """``[images, heads, tokens, dim]`` in the dtype of computation, dim dense as PyTorch's kernel takes it."""
+    x = x.flatten(1, 2).transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _to_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`_tokens`, in shape and dtype of ``like``."""
+    return tokens.transpose(1, 2).reshape(like.shape).to(like.dtype)
 
 
 def _image_groups(q: Tensor, k: Tensor, v: Tensor) -> Iterator[slice]:
