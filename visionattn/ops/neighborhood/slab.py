@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["slab_attention"]
+__all__ = ["release_memory", "slab_attention"]
 
 _CHUNK_BYTES = 4 << 20  # scores of one chunk, unless all are not twice as many (measured)
 _DENSE_TOKENS = 18 * 18  # classes up to this size are one tile, done by PyTorch's dense attention (measured)
@@ -64,6 +64,13 @@ def slab_attention(
         ``[batch, height, width, heads, value_dim]`` in the dtype of q, computed in float32 or better.
     """
     return _slab_forward(q, k, v, bias, list(kernel_size), list(dilation), list(stride), scale)[0]
+
+
+def release_memory() -> None:
+    """Gives back what is kept between calls: this thread's workspace, and the tables of biases."""
+    _memory.kept = None
+    with _tables_lock:
+        _tables.clear()
 
 
 @torch.library.custom_op("visionattn::neighborhood_slab", mutates_args=())
