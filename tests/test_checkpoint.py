@@ -1,6 +1,8 @@
 """Reading checkpoints: what loads, and how files that do not fit end."""
 import argparse
 import pickle
+import sys
+import types
 
 import pytest
 import safetensors.torch
@@ -87,3 +89,62 @@ def test_weights_of_another_model_end_in_one_line(model, tmp_path):
             create_model(other, path, num_classes=5)
         assert "\n" not in str(caught.value)
         assert "weights.pth" in str(caught.value)
+
+
+class _CfgNode(dict):
+    """A node of options as yacs pickles it: a dict with attributes of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.__dict__.update({"__immutable__": True, "__deprecated_keys__": {"OLD"}, "__renamed_keys__": {}})
+
+    def __setattr__(self, name, value):
+        raise AssertionError("code of the class ran")
+
+
+@pytest.fixture
+def save_with_options(monkeypatch):
+    """Saves a file that names ``yacs.config.CfgNode``, a module that is gone when the file is read."""
+    def save(content, path, **members):
+        module = types.ModuleType("yacs.config")
+        names = {"__module__": "yacs.config", "__qualname__": "CfgNode"}
+        module.CfgNode = type("CfgNode", (_CfgNode,), names | members)
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+            patch.setitem(sys.modules, "yacs.config", module)
+            node = module.CfgNode
+            config = node({"MODEL": node({"NAME": "agent", "DEPTHS": [2, 2]}), "EMA": 0.9})
+            torch.save({**content, "config": config}, path)
+    return save
+
+
+def test_options_of_yacs_are_no_obstacle(model, tmp_path, save_with_options):
+    path = tmp_path / "official.pth"
+    save_with_options({"model": model.state_dict(), "epoch": 299}, path)
+    assert "yacs.config.CfgNode" in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    _same(create_model("test_dinat", path, num_classes=5), model)
+    overlay = dict(file=str(path), num_classes=5)
+    _same(timm.create_model("test_dinat", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5), model)
+    assert not any(name.startswith("yacs") for name in sys.modules)
+
+
+def test_options_that_carry_code_are_refused(model, tmp_path, save_with_options, capsys):
+    path = tmp_path / "official.pth"
+    save_with_options({"model": model.state_dict()}, path, __reduce__=lambda self: (print, ("code ran",)))
+    with pytest.raises(ValueError, match="pickles objects that are not weights; it was not opened"):
+        read_checkpoint(path)
+    overlay = dict(file=str(path), num_classes=5)
+    with pytest.raises(RuntimeError, match="cannot be read as a checkpoint of tensors") as caught:
+        timm.create_model("test_dinat", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5)
+    assert "\n" not in str(caught.value)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_averaged_weights_go_first(model, tmp_path):
+    path = tmp_path / "official.pth"
+    others = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+    torch.save({"model": others, "state_dict_ema": model.state_dict()}, path)
+    _same(create_model("test_dinat", path, num_classes=5), model)
+    for overlay in (dict(file=str(path)), dict(state_dict=torch.load(path))):
+        overlay["num_classes"] = 5
+        _same(timm.create_model("test_dinat", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5), model)

@@ -8,7 +8,7 @@ from torch import nn
 from visionattn import export
 
 
-@pytest.mark.parametrize("name", ["test_biformer", "test_dinat", "test_vit"])
+@pytest.mark.parametrize("name", ["test_biformer", "test_dinat", "test_efficientvit_cga", "test_vit"])
 def test_exported_file_agrees_with_eager(name, tmp_path):
     torch.manual_seed(0)
     report = export.export_onnx(timm.create_model(name, num_classes=7), tmp_path / "sub" / "model.onnx")
@@ -21,13 +21,14 @@ def test_exported_file_agrees_with_eager(name, tmp_path):
     assert not any(node.metadata_props for node in proto.graph.node)
 
 
-@pytest.mark.parametrize(("name", "options"), [("test_biformer", {}), ("test_dinat", {"dilations": [[2]] * 4})])
+@pytest.mark.parametrize(("name", "options"), [
+    ("test_biformer", {}), ("test_dinat", {"dilations": [[2]] * 4}), ("test_efficientvit_cga", {"depths": (1, 1, 1)})])
 def test_dynamic_size(name, options, tmp_path):
     """Sizes other than the traced one are right too, also smaller ones, where the maps have to be padded."""
     import onnxruntime
 
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7, depths=(1, 1, 1, 1), **options).eval()
+    model = timm.create_model(name, num_classes=7, **{"depths": (1, 1, 1, 1)} | options).eval()
     report = export.export_onnx(model, tmp_path / "model.onnx", (96, 128), dynamic_size=True)
     session = onnxruntime.InferenceSession(report.path)
     for size in [(96, 128), (64, 64), (160, 224)]:
@@ -36,6 +37,24 @@ def test_dynamic_size(name, options, tmp_path):
             expected = model(images)
         actual = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
         assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_fused_file_has_no_norms(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientvit_cga", num_classes=7).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images = torch.randn(2, 3, 224, 224)
+    expected = model(images)
+    report = export.export_onnx(model, tmp_path / "model.onnx", fuse=True)
+    assert report.difference <= 1e-4
+    graph = onnx.load(report.path).graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    names = {initializer.name for initializer in graph.initializer}
+    assert "patch_embed.0.weight" in names  # patch_embed.0.conv.weight before
+    assert not any("conv.weight" in name or ".bn." in name for name in names)
+    assert torch.equal(model(images), expected)  # the caller's model is left alone
 
 
 class _Noisy(nn.Module):

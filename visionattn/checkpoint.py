@@ -1,8 +1,7 @@
 """Models with trained weights: from a training run's checkpoint, the authors' file or a plain state dict.
 
-Nothing here unpickles more than tensors and plain containers (argparse's namespace of options among them).
+Nothing here unpickles more than tensors, plain containers and options (argparse's namespaces, yacs's nodes).
 """
-import argparse
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import models  # noqa: F401  (registers the zoo in timm)
+from .models._builder import tensors_only
 
 __all__ = ["create_model", "fitting", "read_checkpoint"]
 
@@ -88,7 +88,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path), None
-        with torch.serialization.safe_globals([argparse.Namespace]):  # many authors' files hold their options
+        with tensors_only():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"checkpoint {path} pickles objects that are not weights; it was not opened") from None
@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         prefix = "model."
         weights = {key[len(prefix):]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
         return weights, content["hyper_parameters"]
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict_ema", "state_dict", "model"):  # the averaged weights go first, as in timm
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     return content, None

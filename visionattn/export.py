@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from .checkpoint import create_model
@@ -33,7 +34,11 @@ class ExportReport(NamedTuple):
 
 
 def export_onnx(
-        model: nn.Module, out: str | Path, image_size: tuple[int, int] | None = None, dynamic_size: bool = False,
+        model: nn.Module,
+        out: str | Path,
+        image_size: tuple[int, int] | None = None,
+        dynamic_size: bool = False,
+        fuse: bool = False,
 ) -> ExportReport:
     """Writes ``model`` to the ONNX file ``out`` and checks it with onnxruntime on random images at two batch sizes.
 
@@ -42,6 +47,8 @@ def export_onnx(
         out: The file to write. It is removed again if the check fails.
         image_size: Height and width of the images; None takes the model's own.
         dynamic_size: Leave height and width free as well, in multiples of 32; then two more sizes are checked.
+        fuse: Fold batch norms and the like into the layers beside them first, where the model's layers can do that
+            (``timm.utils.reparameterize_model``).
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
@@ -58,6 +65,8 @@ def export_onnx(
             f"export needs the package {error.name}: pip install 'visionattn[export]'") from None
     out = Path(out)
     model = copy.deepcopy(model).cpu().float().eval()
+    if fuse:
+        model = reparameterize_model(model, inplace=True)
     config: Any = model.pretrained_cfg
     channels, *default_size = config["input_size"]
     size = tuple(image_size or default_size)
@@ -104,6 +113,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num-classes", type=int, help="classes of the checkpoint or of a fresh head")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="height and width, or one number for both")
     parser.add_argument("--dynamic-size", action="store_true", help="leave height and width free, in multiples of 32")
+    parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
     parser.add_argument("--out", default="model.onnx", metavar="FILE")
     args = parser.parse_args(argv)
     size = None
@@ -114,7 +124,7 @@ def main(argv: list[str]) -> None:
     if not args.model and not args.checkpoint:
         parser.error("give --model, or the --checkpoint of a run")
     model = create_model(args.model, args.checkpoint, pretrained=args.pretrained, num_classes=args.num_classes)
-    print_report(export_onnx(model, args.out, size, args.dynamic_size))
+    print_report(export_onnx(model, args.out, size, args.dynamic_size, args.fuse))
 
 
 def print_report(report: ExportReport) -> None:

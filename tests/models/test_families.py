@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from timm import set_scriptable
-from timm.layers import get_graph_node_names, get_spatial_dim
+from timm.layers import get_graph_node_names
 from timm.models import GraphExtractNet, save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -29,9 +29,19 @@ SMALL = {
     "dinat_s_tiny": dict(embed_dim=24, depths=(2, 2, 2, 2)),
     "dinat_iso_small": dict(embed_dim=48, depth=4),
     "vitrpb_small": dict(embed_dim=48, depth=4),
+    "test_agent_cswin": {},
+    "test_agent_deit": {},
+    "test_agent_pvt": {},
+    "test_agent_swin": {},
+    "test_routing_vit": {},
+    "test_efficientvit_cga": {},
 }
-COMPILED = ["test_biformer", "test_dinat", "dinat_s_tiny", "dinat_iso_small", "vitrpb_small"]  # where it takes seconds
-ONE_RESOLUTION = {"isotropic"}  # families that keep the resolution of their patches; the others halve it thrice
+COMPILED = [  # where it takes seconds
+    "test_biformer", "test_dinat", "dinat_s_tiny", "dinat_iso_small", "vitrpb_small", "test_routing_vit",
+    "test_agent_cswin", "test_agent_deit", "test_agent_pvt", "test_agent_swin", "test_efficientvit_cga",
+]
+ONE_RESOLUTION = {"agent_deit", "isotropic"}  # families that keep their patches' resolution; others halve it thrice
+REDUCTIONS = {"efficientvit_cga": [16, 32, 64]}  # of families other than [4, 8, 16, 32]
 
 FAMILIES = visionattn.models.__all__
 NAMES = [name for family in FAMILIES for name in timm.list_models(module=family)]
@@ -54,6 +64,22 @@ def make(name: str, seed: int = 0, **kwargs) -> nn.Module:
 
 def images(batch: int = 1, height: int = PIXELS, width: int = PIXELS, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def shape_of_features(model: nn.Module, size: tuple[int, int]) -> tuple[int, ...]:
+    """What ``forward_features`` gives for one image whose last map has this height and width."""
+    fmt, channels = getattr(model, "output_fmt", "NCHW"), model.num_features
+    if fmt == "NLC":
+        return 1, model.num_prefix_tokens + size[0] * size[1], channels
+    return (1, *size, channels) if fmt == "NHWC" else (1, channels, *size)
+
+
+def as_nchw(model: nn.Module, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Features in the model's own format as maps, without class tokens."""
+    fmt = getattr(model, "output_fmt", "NCHW")
+    if fmt == "NLC":
+        return x[:, model.num_prefix_tokens:].mT.unflatten(2, size)
+    return x.permute(0, 3, 1, 2) if fmt == "NHWC" else x
 
 
 def weight(layer: str | tuple[str, ...]) -> list[str]:
@@ -113,12 +139,9 @@ def test_default_cfg(name):
     assert model.get_classifier() is model.get_submodule(cfg["classifier"])
 
     x = torch.empty(1, *cfg["input_size"], device="meta")
-    fmt = getattr(model, "output_fmt", "NCHW")
     features = model.forward_features(x)
-    map_shape = (1, *cfg["pool_size"], model.num_features) if fmt == "NHWC" else (
-        1, model.num_features, *cfg["pool_size"])
+    map_shape = shape_of_features(model, cfg["pool_size"])
     assert features.shape == map_shape
-    assert [features.shape[axis] for axis in get_spatial_dim(fmt)] == list(cfg["pool_size"])
     assert model.forward_head(features).shape == (1, model.num_classes)
     assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
     model.reset_classifier(0)
@@ -137,10 +160,11 @@ def test_feature_levels(name):
     """The reductions that dense heads (and segmentation_models_pytorch) count on."""
     model = timm.create_model(name, features_only=True, device="meta")
     reductions, channels = model.feature_info.reduction(), model.feature_info.channels()
-    assert reductions == ([16] * len(channels) if family(name) in ONE_RESOLUTION else [4, 8, 16, 32])
+    expected = REDUCTIONS.get(family(name), [4, 8, 16, 32])
+    assert reductions == ([16] * len(channels) if family(name) in ONE_RESOLUTION else expected)
     assert len(channels) >= 3
     for x, c, r in zip(model(torch.empty(1, 3, 96, 160, device="meta")), channels, reductions, strict=True):
-        assert x.shape == (1, c, 96 // r, 160 // r)
+        assert x.shape == (1, c, -(-96 // r), -(-160 // r))  # rounded up
 
 
 # Forward and backward
@@ -240,7 +264,7 @@ def test_intermediates(name):
     assert len(only) == 1
     assert torch.equal(only[0], maps[1])
     last, = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-    assert torch.equal(last, final.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else final)
+    assert torch.equal(last, as_nchw(model, final, last.shape[2:]))
     if getattr(model, "output_fmt", "NCHW") == "NHWC":
         for a, b in zip(model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True), maps, strict=True):
             assert torch.equal(a.permute(0, 3, 1, 2), b)
@@ -278,7 +302,7 @@ def test_features_through_hooks(name):
     model(x)
     for info, b in zip(model.feature_info, expected, strict=True):
         a = taken[info["module"]]
-        assert torch.equal(a.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else a, b)
+        assert torch.equal(as_nchw(model, a, b.shape[2:]), b)
 
 
 # Weights
@@ -297,7 +321,7 @@ def test_weights_for_another_task(name):
             torch.testing.assert_close(value, source.state_dict()[key].sum(1, keepdim=True))
         elif not key.startswith(model.pretrained_cfg["classifier"]):
             assert torch.equal(value, source.state_dict()[key]), key
-    assert model(images()[:, :1]).shape == (1, 7)
+    assert model(images(2)[:, :1]).shape == (2, 7)
     features = timm.create_model(
         name, **SMALL[name], pretrained=True, pretrained_cfg_overlay=overlay, features_only=True).eval()
     for a, b in zip(features(images()), source.forward_intermediates(
@@ -346,7 +370,8 @@ def test_layer_decay(name):
     last_blocks = [scales[key] for key in scales if key.startswith(model.feature_info[-1]["module"])]
     assert min(last_blocks) > scales[stem]
     for key, p in model.named_parameters():
-        assert (decay[id(p)] == 0) == (p.ndim <= 1 or key.endswith(".rpb")), key
+        assert (decay[id(p)] == 0) == (
+            p.ndim <= 1 or key.endswith(".rpb") or key in ("cls_token", "pos_embed.table")), key
 
 
 # Tracing, scripting, compiling, exporting

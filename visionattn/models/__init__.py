@@ -2,6 +2,20 @@
 if __name__ == "models":
     raise ImportError("the folder models is a link to visionattn/models: import visionattn.models instead")
 
-from . import biformer, dinat_s, isotropic, nat
+from . import (
+    agent_cswin,
+    agent_deit,
+    agent_pvt,
+    agent_swin,
+    biformer,
+    dinat_s,
+    efficientvit_cga,
+    isotropic,
+    nat,
+    routing_vit,
+)
 
-__all__ = ["biformer", "dinat_s", "isotropic", "nat"]
+__all__ = [
+    "agent_cswin", "agent_deit", "agent_pvt", "agent_swin", "biformer", "dinat_s", "efficientvit_cga", "isotropic",
+    "nat", "routing_vit",
+]

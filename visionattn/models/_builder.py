@@ -1,5 +1,7 @@
 """How every family of the zoo builds a model: timm's builder, with loading errors that fit on one line."""
+import argparse
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -11,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "build_model", "cfg"]
+__all__ = ["CheckpointError", "build_model", "cfg", "tensors_only"]
 
 StateDict = dict[str, Tensor]
 
@@ -68,7 +70,7 @@ def build_model(
         return renamed
 
     try:
-        with _tensors_only():
+        with tensors_only():
             return build_model_with_cfg(
                 construct, variant, pretrained,
                 pretrained_filter_fn=rename_and_check,
@@ -82,12 +84,17 @@ def build_model(
 
 
 @contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Lets torch.load unpickle nothing but tensors: some releases of timm would run a local file's code."""
+def tensors_only() -> Iterator[None]:
+    """Lets torch.load unpickle nothing but tensors, plain containers and the options that authors save beside them.
+
+    These are argparse's namespaces and yacs's nodes; the latter come out as dicts, without a look at yacs. (Some
+    releases of timm would run a local file's code.)
+    """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before, os.environ[name] = os.environ.get(name), "1"
     try:
-        yield
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
+            yield
     finally:
         os.environ.pop(name)
         if before is not None:
@@ -123,8 +130,8 @@ def _reading_error(error: Exception, variant: str, cfg: dict[str, Any]) -> str |
 
 
 def _tensors(state_dict: Any, variant: str) -> StateDict:
-    """Unwraps ``{"model": ...}`` and ``{"state_dict": ...}``."""
-    for key in ("model", "state_dict"):
+    """Unwraps ``{"model": ...}`` and ``{"state_dict": ...}``; averaged weights beside them go first, as in timm."""
+    for key in ("state_dict_ema", "model", "state_dict"):
         if isinstance(state_dict, dict) and isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     if not isinstance(state_dict, dict) or not state_dict or not all(

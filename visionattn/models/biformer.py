@@ -285,6 +285,11 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def dense_args(variant: str, task: str) -> dict[str, Any]:
+    """Arguments of ``BiFormer`` that the authors change for ``task``, ``"detection"`` or ``"segmentation"``."""
+    return {"n_win": {"detection": 16, "segmentation": 8}[task]}
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BiFormer) -> dict[str, Tensor]:
     """Gives the entries of an official checkpoint our names and shapes; leaves a checkpoint of ours as it is."""
     if not any(name.startswith("downsample_layers.") for name in state_dict):

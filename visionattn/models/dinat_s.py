@@ -11,7 +11,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ._builder import build_model
-from .nat import DILATIONS_224, DILATIONS_384, NAT, checkpoint_filter_fn, dinat_cfg
+from .nat import DILATIONS_224, DILATIONS_384, DILATIONS_640, NAT, checkpoint_filter_fn, dinat_cfg
 
 __all__ = ["DiNATs"]
 
@@ -52,6 +52,15 @@ def _patch_stem(in_chans: int, dim: int, **dd: Any) -> PatchEmbed:
     return PatchEmbed(
         img_size=None, patch_size=4, in_chans=in_chans, embed_dim=dim, norm_layer=nn.LayerNorm, output_fmt="NHWC",
         strict_img_size=False, dynamic_img_pad=True, **dd)
+
+
+def dense_args(variant: str, task: str) -> dict[str, Any]:
+    """Arguments of ``DiNATs`` that the authors change for ``task``, ``"detection"`` or ``"segmentation"``."""
+    if task == "detection":
+        return {"dilations": ((1, 28), (1, 14), (1, 3, 1, 5, 1, 7), (1, 3))}
+    if "large" in variant:
+        return {"dilations": ((1, 20), (1, 10), DILATIONS_640, (1, 2))}
+    return {"dilations": ((1, 16), (1, 8), (1, 2, 1, 3, 1, 4), (1, 2))}
 
 
 def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Transformer" (arXiv 2209.15001). Official code and weights: https://github.com/S
 (MIT licence).
 """
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,14 @@ class ConvDownsample(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
+class FreshGELU(nn.GELU):
+    """GELU of a tensor that nobody else needs: without gradients it works in place, for less memory and traffic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a tensor of the same shape."""
+        return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block on maps ``[B, H, W, dim]``: attention, then a perceptron, each beside a shortcut.
 
@@ -65,6 +73,7 @@ class Block(nn.Module):
         layer_scale: Initial value of a learnt factor per channel on both branches; None for no such factor.
         proj_drop: Dropout rate in the perceptron.
         drop_path: Rate at which a sample skips a branch in training.
+        norm_layer: Makes a norm: ``norm_layer(dim)``.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -77,6 +86,7 @@ class Block(nn.Module):
             layer_scale: float | None = None,
             proj_drop: float = 0.,
             drop_path: float = 0.,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
             device=None,
             dtype=None,
     ):
@@ -85,11 +95,11 @@ class Block(nn.Module):
         self.grad_checkpointing = False
         scale = partial(LayerScale, dim, init_values=layer_scale, **dd) if layer_scale else nn.Identity
         path = partial(DropPath, drop_path) if drop_path > 0. else nn.Identity
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = norm_layer(dim, **dd)
         self.attn = attn
         self.ls1, self.drop_path1 = scale(), path()
-        self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=FreshGELU, drop=proj_drop, **dd)
         self.ls2, self.drop_path2 = scale(), path()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -331,6 +341,22 @@ class NAT(Backbone):
         return self.norm(self.stages(self.patch_embed(x)))
 
 
+def dense_args(variant: str, task: str) -> dict[str, Any]:
+    """Arguments of ``NAT`` that the authors change for ``task``, ``"detection"`` or ``"segmentation"``.
+
+    DiNAT takes longer dilations, so that its windows span the larger images; NAT has none in any task.
+    """
+    if variant == "test_dinat" or not variant.startswith("dinat"):
+        return {}
+    if "11x11" in variant:  # Mask2Former's, for every data set
+        return {"dilations": ((1, 14, 1), (1, 4, 1, 7), (*(1, 2, 1, 3) * 4, 1, 3), (1,))}
+    if task == "detection":
+        return {"dilations": ((1, 28, 1), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3, 1, 3, 1))}
+    if "large" in variant:
+        return {"dilations": ((1, 20, 1), (1, 5, 1, 10), DILATIONS_640, (1, 2, 1, 2, 1))}
+    return {"dilations": ((1, 16, 1), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2, 1, 2, 1))}
+
+
 def fit_dilations(dilations: Dilations | None, depths: Sequence[int]) -> list[list[int]]:
     """One dilation per block: each stage's list is repeated until it covers the stage's blocks."""
     if dilations is None:
@@ -425,6 +451,7 @@ default_cfgs = generate_default_cfgs({
 # With these the window spans the whole map of every stage at 224 px: kernel_size * dilation = 56, 28, 14, 7.
 DILATIONS_224 = ((1, 8), (1, 4), (1, 2), (1,))
 DILATIONS_384 = ((1, 13), (1, 6), (1, 3), (1,))
+DILATIONS_640 = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)  # large models' third stage in segmentation
 
 _MINI = dict(embed_dim=64, depths=(3, 4, 6, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3.)
 _TINY = _MINI | dict(depths=(3, 4, 18, 5))

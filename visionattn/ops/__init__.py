@@ -1,9 +1,14 @@
 """The kernel layer: pure functions on tensors, each with a naive form that defines it and faster backends."""
 from . import dispatch
+from .agent import agent_attention, pool_agents
 from .dispatch import BackendError, explain, use_backend
+from .kmeans import kmeans_attention
 from .neighborhood import neighborhood_attention
 from .routed import routed_attention
 
-__all__ = ["BackendError", "explain", "neighborhood_attention", "routed_attention", "use_backend"]
+__all__ = [
+    "BackendError", "agent_attention", "explain", "kmeans_attention", "neighborhood_attention", "pool_agents",
+    "routed_attention", "use_backend",
+]
 
 dispatch.read_environment()

@@ -1,0 +1,258 @@
+"""What the Agent Attention families share: the frame of four stages, position embeddings, and the authors' names.
+
+Paper: "Agent Attention: On the Integration of Softmax and Linear Attention" (ECCV 2024, arXiv 2312.08874). Official
+code and weights: https://github.com/LeapLabTHU/Agent-Attention (without a licence file).
+"""
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import calculate_drop_path_rates, register_notrace_module, to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from ..layers.agent import AgentAttention, resize
+from ..layers.bias_cache import cached
+from ._builder import cfg
+from .nat import Backbone, Block, Stage
+
+__all__ = ["AgentBackbone", "Grid", "PositionEmbedding", "agent_cfg", "our_tables", "set_input_size"]
+
+Grid = tuple[int, int]  # rows and columns
+
+
+@register_notrace_module
+class PositionEmbedding(nn.Module):
+    """A learnt vector for every position of a map, interpolated for maps of other sizes, and for every class token.
+
+    Args:
+        dim: Channels.
+        size: Height and width of the map that the table ``[1, num_prefix_tokens + height * width, dim]`` is for.
+        num_prefix_tokens: Number of class tokens before the map.
+        mode: How to interpolate: ``"bilinear"`` or ``"bicubic"``.
+        device: Device of the table.
+        dtype: Dtype of the table.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            size: Grid,
+            num_prefix_tokens: int = 0,
+            mode: str = "bilinear",
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        self.size = size
+        self.num_prefix_tokens = num_prefix_tokens
+        self.mode = mode
+        self.table = nn.Parameter(torch.empty(
+            1, num_prefix_tokens + size[0] * size[1], dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws the table anew."""
+        trunc_normal_(self.table, std=.02)
+
+    @torch.jit.ignore
+    def set_input_size(self, size: Grid) -> None:
+        """Makes the table that of a map of another size."""
+        with torch.no_grad():
+            table = resize_positions(self.table, self.size, size, self.num_prefix_tokens, self.mode)
+            self.table = nn.Parameter(table, requires_grad=self.table.requires_grad)
+        self.size = size
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """``[1, num_prefix_tokens + height * width, dim]``."""
+        return self._at(height, width)
+
+    @torch.jit.ignore
+    def _at(self, height: int, width: int) -> Tensor:
+        size = (height, width)
+        if size == self.size:
+            return self.table
+        return cached(
+            self, size, lambda: resize_positions(self.table, self.size, size, self.num_prefix_tokens, self.mode),
+            [self.table])
+
+
+class AgentBackbone(Backbone):
+    """Four stages of agent attention and, beside it, of another attention, on maps ``[batch, height, width, dim]``.
+
+    A subclass says in :meth:`map_sizes` how large the maps are, and in its constructor sets ``patch_embed`` and calls
+    :meth:`build_stages` and ``finish``.
+    """
+
+    @torch.jit.ignore
+    def map_sizes(self, img_size: Grid) -> list[Grid]:
+        """Height and width of each stage's map for images of ``img_size``."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def build_stages(
+            self,
+            img_size: int | Grid,
+            embed_dims: Sequence[int],
+            depths: Sequence[int],
+            num_heads: Sequence[int],
+            agents: Sequence[int],
+            agent_grids: Sequence[Grid] | None,
+            agent_depths: Sequence[int],
+            mlp_ratios: Sequence[float],
+            downsample: Callable[[int], nn.Module],
+            other_attention: Callable[[int, int], nn.Module] | None = None,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            drop_path_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            **dd: Any,
+    ) -> None:
+        """Makes ``stages`` and ``feature_info``.
+
+        Args:
+            img_size: Height and width of the images that the bias tables are for.
+            embed_dims: Channels of the stages.
+            depths: Blocks per stage.
+            num_heads: Heads per stage.
+            agents: Rows (and columns) of agents that the bias tables are for, per stage.
+            agent_grids: Rows and columns of agents to work with, per stage; None for those of the tables.
+            agent_depths: Number of blocks of each stage, from its first, that have agent attention.
+            mlp_ratios: Width of the perceptrons' hidden layer in channels of the stage, per stage.
+            downsample: Makes what stands at the start of a stage after the first, by the stage's number.
+            other_attention: Makes the attention of other blocks, by the numbers of stage and block.
+            norm_layer: Makes the blocks' norms.
+            drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
+            proj_drop_rate: Dropout rate of the projections in the blocks.
+            dd: Device and dtype of the parameters.
+
+        Raises:
+            ValueError: A sequence has not one entry per stage.
+        """
+        stages = len(depths)
+        for name, values in dict(
+                embed_dims=embed_dims, num_heads=num_heads, agents=agents, agent_grids=agent_grids,
+                agent_depths=agent_depths, mlp_ratios=mlp_ratios).items():
+            if values is not None and len(values) != stages:
+                raise ValueError(f"{name} must have one entry per stage, {stages}, got {values}")
+        sizes = self.map_sizes(to_2tuple(img_size))
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)]
+
+        def attention(stage: int, block: int) -> nn.Module:
+            if block >= agent_depths[stage] and other_attention is not None:
+                return other_attention(stage, block)
+            grid = to_2tuple(agent_grids[stage]) if agent_grids else None
+            return AgentAttention(
+                embed_dims[stage], num_heads[stage], sizes[stage], (agents[stage],) * 2, grid,  # type: ignore[arg-type]
+                proj_drop=proj_drop_rate, **dd)
+
+        self.stages = nn.Sequential(*[
+            Stage(downsample(i) if i else nn.Identity(), [
+                Block(
+                    embed_dims[i], attention(i, j), mlp_ratios[i], proj_drop=proj_drop_rate, drop_path=drop_paths[i][j],
+                    norm_layer=norm_layer, **dd)
+                for j in range(depths[i])
+            ])
+            for i in range(stages)
+        ])
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            img_size: int | Grid | None = None,
+            agent_grids: Sequence[Grid] | None = None,
+    ) -> None:
+        """Makes the tables those of another image size, and sets other grids of agents to work with.
+
+        The model takes images of any size without this, interpolating its tables, and computes the same after it. What
+        changes is the size of the tables, in which they are trained further and saved.
+
+        Args:
+            img_size: Height and width of the images; None leaves the tables as they are.
+            agent_grids: Rows and columns of agents per stage; None leaves them as they are.
+        """
+        sizes = [None] * len(self.stages) if img_size is None else self.map_sizes(to_2tuple(img_size))
+        grids = agent_grids or [None] * len(self.stages)  # type: ignore[list-item]
+        for i, (stage, size, grid) in enumerate(zip(self.stages, sizes, grids, strict=True)):
+            set_input_size(stage, size, grid)
+            if i == 0:
+                set_input_size(self.patch_embed, size, grid)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort the parameters into layers, for layer decay."""
+        return dict(
+            stem=r"^patch_embed",
+            blocks=r"^stages\.(\d+)" if coarse else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Last map after the final norm, ``[batch, height / 32, width / 32, num_features]``."""
+        return self.norm(self.stages(self.patch_embed(x)))
+
+
+def set_input_size(module: nn.Module, size: Grid | None, agent_grid: Grid | None) -> None:
+    """Gives all tables of a module the size of another map, and its attention another grid; None changes nothing."""
+    for part in module.modules():
+        if isinstance(part, AgentAttention):
+            part.set_input_size(size, agent_grid)
+        elif isinstance(part, PositionEmbedding) and size is not None:
+            part.set_input_size(size)
+
+
+def resize_positions(table: Tensor, old: Grid, new: Grid, num_prefix_tokens: int, mode: str) -> Tensor:
+    """Interpolates position embeddings ``[1, num_prefix_tokens + height * width, dim]`` for a map of another size."""
+    prefix, grid = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+    grid = resize(grid.mT.unflatten(2, old), new, mode).flatten(2).mT
+    return torch.cat([prefix, grid], dim=1)
+
+
+_TABLES = {"n": "map", "h": "rows", "w": "columns", "c": "prefix"}
+
+
+def our_tables(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Names and axes of ours for the authors' bias tables; what is for another image size gets the model's.
+
+    Leaves out the tables of Swin that a model computes itself. The other names must be ours already.
+    """
+    wanted = model.state_dict()
+    positions = {f"{name}.table": part for name, part in model.named_modules() if isinstance(part, PositionEmbedding)}
+    renamed = {}
+    for key, x in state_dict.items():
+        if key.endswith((".relative_position_index", ".attn_mask")):
+            continue
+        if (match := re.search(r"\.(a([nhwc])|([nhwc])a)_bias$", key)) is not None:
+            kind = match[2] or match[3]
+            tables = "agent_bias" if match[2] else "query_bias"
+            key = f"{key[:match.start()]}.{tables}.{_TABLES[kind]}"
+            if kind != "n":
+                x = x[0]
+                if tables == "query_bias":  # the authors put agents last
+                    x = x.movedim(-1, 1)
+        if key in wanted and x.shape != wanted[key].shape:
+            if key.endswith((".rows", ".columns")):
+                x = resize(x, wanted[key].shape[2:])  # type: ignore[arg-type]
+            elif key in positions:
+                part = positions[key]
+                side = round((x.shape[1] - part.num_prefix_tokens) ** 0.5)
+                if part.num_prefix_tokens + side * side == x.shape[1]:
+                    x = resize_positions(x, (side, side), part.size, part.num_prefix_tokens, part.mode)
+        renamed[key] = x
+    return renamed
+
+
+def agent_cfg(file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """Pretrained cfg of a model that the authors published as the share ``file``, for images of ``size`` pixels."""
+    url = f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1" if file else ""
+    return cfg(**dict(
+        url=url, input_size=(3, size, size), pool_size=(size // 32, size // 32), first_conv="patch_embed.proj",
+        classifier="head.fc", crop_mode="squash", license="unspecified",
+        origin_url="https://github.com/LeapLabTHU/Agent-Attention", paper_ids="arXiv:2312.08874",
+        paper_name="Agent Attention: On the Integration of Softmax and Linear Attention",
+    ) | kwargs)
