@@ -3,7 +3,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import __version__
 
@@ -24,9 +24,9 @@ _COMMANDS = {
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
     "bench": _Command("visionattn.bench", "time the ops beside their peers; simulate what windows cost", named=True),
     "backends": _Command("visionattn.bench", "show which implementation of each op runs here, and why not", named=True),
+    "list": _Command("visionattn.listing", "show the models: size, cost, accuracy and where their weights are"),
     "demo": _Command("visionattn.demo", "train, test, export and look at a small BiFormer on digits"),
 }
-_LIST_HELP = "show the models with their parameters and image size"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,10 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         if command == "--version":
             print(f"visionattn {__version__}")
             return 0
-        if command == "list":
-            return _list(rest)
         if command not in _COMMANDS:
-            return _fail(f"unknown command {command!r}; known: {', '.join([*_COMMANDS, 'list'])}", code=2)
+            return _fail(f"unknown command {command!r}; known: {', '.join(_COMMANDS)}", code=2)
         module = import_module(_COMMANDS[command].module)
         return module.main(argv if _COMMANDS[command].named else rest) or 0
     except BrokenPipeError:  # the reader of our output has gone, as in `visionattn list | head`
@@ -69,35 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(_one_line(error), code=2 if isinstance(error, argparse.ArgumentError) else 1)
 
 
-def _list(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="visionattn list", description=_LIST_HELP)
-    parser.add_argument("--family", help="only the models of this family (the last column)")
-    wanted = parser.parse_args(argv).family
-
-    import timm
-    import torch
-
-    from . import models
-
-    prefix = f"{models.__name__}."
-    families = {name: timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
-    families = {name: module.removeprefix(prefix) for name, module in families.items() if module.startswith(prefix)}
-    if wanted and wanted not in families.values():
-        raise ValueError(f"there is no family {wanted!r}; there are {', '.join(sorted(set(families.values())))}")
-    print(f"{'model':<32}{'parameters':>12}{'image':>12}  family")
-    for name, family in families.items():
-        if wanted in (None, family):
-            with torch.device("meta"):
-                model: Any = timm.create_model(name)
-            millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-            _, height, width = model.pretrained_cfg["input_size"]
-            print(f"{name:<32}{f'{millions:.2f} M':>12}{f'{height} x {width}':>12}  {family}")
-    return 0
-
-
 def _help() -> str:
-    helps = {name: command.help for name, command in _COMMANDS.items()} | {"list": _LIST_HELP}
-    lines = "\n".join(f"  {name:<10}{text}" for name, text in helps.items())
+    lines = "\n".join(f"  {name:<10}{command.help}" for name, command in _COMMANDS.items())
     return (f"usage: visionattn COMMAND [OPTIONS]\n\nSparse-attention vision backbones: train, test, export.\n\n"
             f"commands:\n{lines}\n\noptions:\n  --help    of a command too: visionattn fit --help\n  --version\n\n"
             "An error is one line; VISIONATTN_TRACEBACK=1 in the environment shows where it came from.")
