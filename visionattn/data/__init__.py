@@ -1,10 +1,31 @@
-"""LightningDataModules: scikit-learn's digits (no download) and folders of images.
+"""LightningDataModules: scikit-learn's digits (no download), image folders, COCO files, folders of masks.
 
-What a task may ask of a data module: the attributes ``num_classes`` and ``class_names`` from construction on, batches
-``(images [B, C, H, W] float32 normalised, labels [B] int64)`` for training and evaluation, and
-``(images, names: list of str)`` for prediction.
+What a task may ask of a data module: the attributes ``num_classes`` and ``class_names`` from construction on, and
+batches. H and W may differ from image to image where a batch is a list.
+
+Classification
+    ``(images [B, C, H, W] float32 normalised, labels [B] int64)`` for training and evaluation;
+    ``(images, names: list of str)`` for prediction.
+
+Detection
+    ``(images, targets)``: lists of ``[3, H, W]`` float32 in [0, 1], not normalised, and of dicts with
+
+    * ``boxes [N, 4]`` float32: left, top, right, bottom in pixels of the image; N may be 0;
+    * ``labels [N]`` int64: 1 to ``num_classes``, of which ``category_ids[label - 1]`` is the number in COCO files;
+    * ``masks [N, H, W]`` uint8, where the data's ``masks`` asks for them;
+    * ``area [N]`` float32 and ``iscrowd [N]`` int64 as in COCO's format; crowds are in no training target;
+    * ``image_id`` int, ``orig_size [2]`` int64: height and width of the file, and for evaluation and prediction
+      ``file_name`` str. Prediction has these alone.
+
+Segmentation
+    ``(images [B, 3, H, W] float32 in [0, 1], not normalised, labels [B, H, W] int64)`` for training and evaluation,
+    where 255 is ignored and evaluation labels have the size of the file, which the image may not have;
+    ``(images, names: list of str, sizes [B, 2] int64)`` for prediction: height and width of the files.
 """
+from .coco import CocoData
 from .digits import DigitsData
 from .image_folder import ImageFolderData
+from .scenes import DigitScenesData
+from .segmentation_folder import SegmentationFolderData
 
-__all__ = ["DigitsData", "ImageFolderData"]
+__all__ = ["CocoData", "DigitScenesData", "DigitsData", "ImageFolderData", "SegmentationFolderData"]

@@ -2,7 +2,6 @@
 import os
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +11,9 @@ from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .loading import LoadedData
+from .reading import EXTENSIONS, decoding_fault, find_faults, find_images, header_fault, read_image
 
 __all__ = ["ImageFolderData"]
 
@@ -130,9 +129,9 @@ class ImageFolderData(LoadedData):
         else:
             if not Path(self.predict_root).is_dir():
                 raise FileNotFoundError(f"predict_root {self.predict_root} is not a folder")
-            files = self._check_files(_image_files(Path(self.predict_root)))
+            files = self._check_files(find_images(Path(self.predict_root)))
             if not files:
-                raise ValueError(f"predict_root {self.predict_root} holds no images ({_extensions()})")
+                raise ValueError(f"predict_root {self.predict_root} holds no images ({EXTENSIONS})")
         return self._eval_loader(_Images([(file, str(file)) for file in files], self.eval_transform))
 
     def _list_split(self, split: str) -> None:
@@ -147,10 +146,10 @@ class ImageFolderData(LoadedData):
 
     def _list(self, folder: Path) -> list[Sample]:
         """The images of one split, in a fixed order; every class must have some."""
-        files = {name: _image_files(folder / name) for name in _class_folders(folder)}
+        files = {name: find_images(folder / name) for name in _class_folders(folder)}
         for name, found in files.items():
             if not found:
-                raise ValueError(f"class folder {folder / name} holds no images ({_extensions()})")
+                raise ValueError(f"class folder {folder / name} holds no images ({EXTENSIONS})")
         good = set(self._check_files([file for found in files.values() for file in found]))
         for name, found in files.items():
             if not good.intersection(found):
@@ -162,8 +161,7 @@ class ImageFolderData(LoadedData):
         skip = self.on_bad_image == "skip"
         if not (self.verify or skip):
             return files
-        with ThreadPoolExecutor() as pool:
-            faults = list(pool.map(_decoding_fault if skip else _header_fault, files))
+        faults = find_faults(decoding_fault if skip else header_fault, files)
         bad = [(file, fault) for file, fault in zip(files, faults, strict=True) if fault]
         if bad and not skip:
             more = f" (and {len(bad) - 1} more such files)" if len(bad) > 1 else ""
@@ -210,12 +208,7 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         file, label = self.samples[index]
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file} cannot be read as an image: {_reason(error)}; "
-                             "replace or remove it, or set on_bad_image to skip") from error
+        image = read_image(file, "replace or remove it, or set on_bad_image to skip")
         return self.transform(image), label
 
 
@@ -242,51 +235,6 @@ def _class_folders(folder: Path) -> list[str]:
     if not names:
         raise ValueError(f"{folder} holds no class folders: expected {folder}/<class>/*.jpg")
     return names
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Every image below ``folder``, by extension, in a fixed order; says what else it holds."""
-    files = sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    )
-    images = [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
-    if len(images) < len(files):
-        other = next(file for file in files if file.suffix.lower() not in IMG_EXTENSIONS)
-        rank_zero_info(f"{folder} holds {len(files) - len(images)} files that are not images by their name, "
-                       f"such as {other.name}: they are not read.")
-    return images
-
-
-def _header_fault(file: Path) -> str:
-    """Why the file's header cannot be read, or nothing."""
-    try:
-        with Image.open(file):
-            return ""
-    except Exception as error:  # whatever a damaged file makes a decoder raise
-        return _reason(error)
-
-
-def _decoding_fault(file: Path) -> str:
-    """Why the file cannot be decoded, or nothing."""
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return ""
-    except Exception as error:
-        return _reason(error)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and "cannot identify image file" in str(error):
-        return "it is no image or damaged"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _extensions() -> str:
-    return ", ".join(IMG_EXTENSIONS)
 
 
 def _shorten(names: list[str]) -> str:

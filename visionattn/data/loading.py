@@ -1,12 +1,14 @@
 """How batches are drawn, the same for every data module: reproducibly, also after a resume and on several devices."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-__all__ = ["LoadedData"]
+__all__ = ["LoadedData", "collate_detection"]
 
 
 class LoadedData(pl.LightningDataModule):
@@ -16,6 +18,8 @@ class LoadedData(pl.LightningDataModule):
     alone, so that a run which is resumed at an epoch sees what an uninterrupted one would have seen.
     """
 
+    collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; PyTorch's own if None
+
     def __init__(self, batch_size: int, num_workers: int, seed: int):
         super().__init__()
         if batch_size < 1:
@@ -23,34 +27,56 @@ class LoadedData(pl.LightningDataModule):
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.eval_batch_size = batch_size
 
-    def _train_loader(self, dataset: Dataset) -> DataLoader:
-        """Shuffled batches; the last, smaller one is left out unless it is the only one."""
-        sampler = _EpochSampler(dataset, *self._ranks(), seed=self.seed)
+    def _train_loader(self, dataset: Dataset, endless: bool = False) -> DataLoader:
+        """Shuffled batches; the last, smaller one is left out unless it is the only one.
+
+        Epoch ``e`` of an ``endless`` dataset of length ``n`` are its items ``n * e`` to ``n * (e + 1) - 1``.
+        """
+        sampler = _EpochSampler(dataset, *self._ranks(), seed=self.seed, endless=endless)
         full = len(sampler) >= self.batch_size
         return _EpochLoader(
-            dataset, sampler=sampler, generator=sampler.generator, drop_last=full, **self._loader_args())
+            dataset, batch_size=self.batch_size, sampler=sampler, generator=sampler.generator, drop_last=full,
+            **self._loader_args())
 
     def _eval_loader(self, dataset: Dataset) -> DataLoader:
-        """Batches in the order of ``dataset``."""
-        return DataLoader(dataset, **self._loader_args())
+        """Batches in the order of ``dataset``; several processes share them, and none is seen twice."""
+        (ranks, rank), count = self._ranks(), len(dataset)  # type: ignore[arg-type]
+        sampler = None
+        if ranks > 1:
+            if count < ranks:
+                raise ValueError(f"{count} images cannot be shared by {ranks} processes; evaluate on fewer devices")
+            sampler = UnrepeatedDistributedSampler(dataset, num_replicas=ranks, rank=rank, shuffle=False)
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._loader_args())
 
     def _loader_args(self) -> dict[str, Any]:
         return dict(
-            batch_size=self.batch_size, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+            num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), collate_fn=self.collate)
 
     def _ranks(self) -> tuple[int, int]:
         """Number of processes that train together, and which one this is."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
 
+def collate_detection(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """A batch of detection: the list of images, which may differ in size, and the list of targets."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
 class _EpochSampler(DistributedSampler):
     """Shuffles by seed and epoch, and seeds the generator that the loader draws its workers' seed from likewise."""
 
-    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int):
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int, endless: bool):
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
+        self.endless = endless
         self.generator = torch.Generator()
         self.set_epoch(0)
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * len(self.dataset) if self.endless else 0  # type: ignore[arg-type]
+        return (first + index for index in super().__iter__())
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
