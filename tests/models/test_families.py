@@ -163,8 +163,10 @@ def test_feature_levels(name):
     expected = REDUCTIONS.get(family(name), [4, 8, 16, 32])
     assert reductions == ([16] * len(channels) if family(name) in ONE_RESOLUTION else expected)
     assert len(channels) >= 3
-    for x, c, r in zip(model(torch.empty(1, 3, 96, 160, device="meta")), channels, reductions, strict=True):
-        assert x.shape == (1, c, -(-96 // r), -(-160 // r))  # rounded up
+    for height, width in ((96, 96), (96, 160), (512, 640)):
+        maps = model(torch.empty(1, 3, height, width, device="meta"))
+        for x, c, r in zip(maps, channels, reductions, strict=True):
+            assert x.shape == (1, c, -(-height // r), -(-width // r))  # rounded up
 
 
 # Forward and backward

@@ -1,4 +1,6 @@
 """LightningModules: what is trained, with which loss, and how it is measured."""
 from .classification import ClassificationTask
+from .detection import DetectionTask
+from .segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask"]
+__all__ = ["ClassificationTask", "DetectionTask", "SegmentationTask"]

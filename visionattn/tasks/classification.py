@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from ..checkpoint import fitting, read_checkpoint
+from ..layers import auxiliary_losses
 from .optim import adamw, cosine_with_warmup
 
 __all__ = ["ClassificationTask"]
@@ -30,9 +31,10 @@ __all__ = ["ClassificationTask"]
 class ClassificationTask(pl.LightningModule):
     """Trains and tests a timm model as an image classifier.
 
-    Logs ``train/loss``, and ``val/`` and ``test/`` ``accuracy``, ``accuracy_top5`` (both fractions) and ``loss``.
-    Testing writes ``test_metrics.json``, prediction ``predictions.csv``, into the trainer's ``default_root_dir``.
-    Accumulated gradients, clipping and mixed precision are the Trainer's.
+    Logs ``train/loss`` and the model's auxiliary losses, which it includes, as ``train/<name>``; ``val/`` and ``test/``
+    ``accuracy``, ``accuracy_top5`` (both fractions) and ``loss``. Testing writes ``test_metrics.json``, prediction
+    ``predictions.csv``, into the trainer's ``default_root_dir``. Accumulated gradients, clipping and mixed precision
+    are the Trainer's.
 
     Args:
         backbone: Name of a model of timm's registry, ours included.
@@ -142,6 +144,10 @@ class ClassificationTask(pl.LightningModule):
         """Loss of one batch, mixed if asked for."""
         images, targets = self.mix(*batch) if self.mix else batch
         loss = cross_entropy(self(images), targets, label_smoothing=self.args.label_smoothing)
+        for name, auxiliary_loss in auxiliary_losses(self.model).items():
+            self.log(f"train/{name}", auxiliary_loss, on_step=True, on_epoch=True, batch_size=len(images),
+                     sync_dist=True)
+            loss = loss + auxiliary_loss
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images),
                  sync_dist=True)
         return loss

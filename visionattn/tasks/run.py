@@ -74,7 +74,7 @@ class _RunCLI(LightningCLI):
                     config.model.init_args[key] = value
         elif self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_process():
             # What a run leaves that died in its first epoch is no reason to stop.
-            results = ("checkpoints/*.ckpt", "test_metrics.json", "predictions.csv")
+            results = ("checkpoints/*.ckpt", "test_metrics.json", "predictions.csv", "predictions.json", "predictions")
             found = [str(path.relative_to(run)) for pattern in results for path in sorted(run.glob(pattern))]
             if found:
                 raise ValueError(f"{run} already holds a run ({', '.join(found)}): go on with it by --ckpt_path last, "
@@ -169,7 +169,7 @@ def _check_checkpoint(path: str, model: pl.LightningModule) -> None:
     if saved is None:
         raise ValueError(f"{path} is not the checkpoint of a training run; weights alone go to the model's "
                          "checkpoint_path")
-    for key in ("backbone", "num_classes", "in_chans", "class_names"):
+    for key in ("backbone", "detector", "head", "num_classes", "in_chans", "class_names"):
         theirs, ours = saved.get(key), model.hparams.get(key)
         if None not in (theirs, ours) and theirs != ours:
             raise ValueError(f"{path} is of another model: its {key} is {theirs}, the configuration's is {ours}")

@@ -89,8 +89,8 @@ def _slab_forward(
     plans = _plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
     with _no_autocast():
         if plans[0].is_whole:
-            out, lse = _dense(*(x.flatten(1, 2).transpose(1, 2).to(compute) for x in (q, k, v)),
-                              _table(plans[0], bias), scale)
+            queries, keys, values = (x.flatten(1, 2).transpose(1, 2).to(compute) for x in (q, k, v))
+            out, lse = _dense(queries, keys, values, _table(plans[0], bias), scale)
             return (out.transpose(1, 2).reshape(v.shape).to(q.dtype),
                     lse.transpose(1, 2).contiguous().view(q.shape[:-1]))
         out = q.new_empty(v.shape)
@@ -98,7 +98,8 @@ def _slab_forward(
         for plan in plans:
             table, work = _table(plan, bias), _Work(plan, backward=False)
             if plan.is_dense:
-                result, sums = _dense(*(work.tokens(x) for x in (q, k, v)), table, scale)
+                queries, keys, values = (work.tokens(x) for x in (q, k, v))
+                result, sums = _dense(queries, keys, values, table, scale)
                 work.store_tokens(result, out)
                 work.store_tokens(sums.unsqueeze(-1), lse.unsqueeze(-1))
                 continue
@@ -130,9 +131,9 @@ def _slab_backward(
     dbias = q.new_zeros(0 if bias is None or not bias_grad else bias.shape, dtype=compute)
     with _no_autocast():
         if plans[0].is_whole:
-            gradients = _dense_backward(
-                *(x.flatten(1, 2).transpose(1, 2).to(compute) for x in (grad, q, k, v, out)),
-                lse.flatten(1, 2).transpose(1, 2), _table(plans[0], bias), scale, bias_grad)
+            tensors = [x.flatten(1, 2).transpose(1, 2).to(compute) for x in (grad, q, k, v, out)]
+            sums = lse.flatten(1, 2).transpose(1, 2)
+            gradients = _dense_backward(tensors, sums, _table(plans[0], bias), scale, bias_grad)
             if bias_grad:
                 _add_table(plans[0], gradients[3], dbias)
             dq, dk, dv = (
@@ -143,9 +144,9 @@ def _slab_backward(
         for plan in plans:
             table, work = _table(plan, bias), _Work(plan, backward=True)
             if plan.is_dense:
+                sums = work.tokens(lse.unsqueeze(-1)).squeeze(-1)
                 gradients = _dense_backward(
-                    *(work.tokens(x) for x in (grad, q, k, v, out)),
-                    work.tokens(lse.unsqueeze(-1)).squeeze(-1), table, scale, bias_grad)
+                    [work.tokens(x) for x in (grad, q, k, v, out)], sums, table, scale, bias_grad)
                 for gradient, target in zip(gradients[:3], (dq, dk, dv), strict=True):
                     work.store_tokens(gradient, target)
                 if bias_grad:
@@ -226,12 +227,14 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale: float) 
 
 
 def _dense_backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, table: Tensor | None, scale: float,
-        table_grad: bool,
+        tensors: list[Tensor], lse: Tensor, table: Tensor | None, scale: float, table_grad: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v and, if asked for, of the table, which PyTorch's kernel does not have."""
+    """Gradients of q, k, v and, if asked for, of the table, which PyTorch's kernel does not have.
+
+    ``tensors`` are the incoming gradient, q, k, v and the output.
+    """
+    grad, q, k, v, _ = tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
     if table is None or not table_grad:
-        tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v, out))
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *tensors, lse, 0.0, False, attn_mask=_dense_mask(table), scale=scale)
     batch, heads, tokens, _ = q.shape

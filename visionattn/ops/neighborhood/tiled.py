@@ -92,8 +92,8 @@ def _run_dense(q: Tensor, k: Tensor, v: Tensor, kernel_size, bias: Tensor | None
     if bias is not None:
         index = _dense_entries(kernel_size, q.device)
         mask = bias.flatten(1).index_select(1, index.flatten()).view(1, -1, *index.shape)
-    tensors = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*tensors, attn_mask=mask, scale=scale, enable_gqa=group > 1)
+    queries, keys, values = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=group > 1)
     return out.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])
 
 

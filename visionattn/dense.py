@@ -1,0 +1,253 @@
+"""Backbones for detection and segmentation: the maps of a model's stages, with what its authors change for them.
+
+For dense tasks the authors of the zoo's families take other windows, dilations or grids than for classification, with
+the same weights (each family's ``dense_args``), and some put a norm on each map that they hand to the heads.
+"""
+import sys
+from collections.abc import Collection
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple
+
+import timm
+from lightning.pytorch.utilities import rank_zero_info
+from timm.layers import LayerNorm2d
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import models  # noqa: F401  (registers the zoo in timm)
+from .checkpoint import fitting, read_checkpoint
+
+__all__ = ["DenseBackbone"]
+
+
+class _LevelNorm(NamedTuple):
+    prefix: str  # of the authors' names; the level's number follows
+    eps: float
+
+
+# Families whose authors' dense backbones put a norm on each map that they return; of other families they return the
+# maps as they are.
+_LEVEL_NORMS = {
+    "biformer": _LevelNorm("extra_norms.", 1e-6),
+    "nat": _LevelNorm("norm", 1e-5),
+    "dinat_s": _LevelNorm("norm", 1e-5),
+    "agent_swin": _LevelNorm("norm", 1e-5),
+    "swin_transformer": _LevelNorm("norm", 1e-5),
+    "swin_transformer_v2": _LevelNorm("norm", 1e-5),
+}
+
+
+class DenseBackbone(nn.Module):
+    """Stage maps of any model that is registered in timm, ours included, for images of any size.
+
+    The lists ``channels`` and ``reductions`` (strides on the image, in pixels) describe the maps. ``model`` is the timm
+    model without what the maps do not need; ``norms`` are the norms on the maps, by level, where the model's authors
+    have such: they act on what is returned, not on what the next stage takes.
+
+    Args:
+        name: Model name.
+        task: ``"detection"`` or ``"segmentation"``: whose settings to take.
+        pretrained: Load the published classification weights.
+        checkpoint_path: Load this file: classification weights, the backbone or the whole detector or segmenter of
+            the model's authors, or the checkpoint of a training run of ours, of any task.
+        out_indices: Levels to return, in timm's numbering; None for the last of each resolution from stride 4 on.
+        frozen_stages: Number of stages, from the first, that are not trained, the stem with them. They are in eval
+            mode for good.
+        frozen_norms: Batch norms keep their running statistics in training; their scales are trained.
+        grad_checkpointing: Compute activations a second time in the backward pass instead of keeping them.
+        model_args: Arguments of the model; they go before the task's settings.
+
+    Raises:
+        ValueError: There is no such model or level, an argument does not fit, or the weights are another model's.
+        FileNotFoundError: There is no such checkpoint.
+    """
+
+    def __init__(
+            self,
+            name: str,
+            task: Literal["detection", "segmentation"],
+            pretrained: bool = False,
+            checkpoint_path: str | None = None,
+            out_indices: list[int] | None = None,
+            frozen_stages: int = 0,
+            frozen_norms: bool = False,
+            grad_checkpointing: bool = False,
+            model_args: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if task not in ("detection", "segmentation"):
+            raise ValueError(f"task must be detection or segmentation, got {task!r}")
+        if pretrained and checkpoint_path:
+            raise ValueError("pretrained and checkpoint_path were both given; choose one to start from")
+        self.name, self.frozen_norms = name, frozen_norms
+        family = _family(name)
+        settings = family.dense_args(name.split(".")[0], task) if hasattr(family, "dense_args") else {}
+        self.model, self.any_size, self.whole_patches = _create(name, pretrained, settings | (model_args or {}))
+
+        stages = _stages(self.model)
+        self.level_norm = _LEVEL_NORMS.get(family.__name__.rsplit(".", 1)[-1])
+        self.norms = nn.ModuleDict()
+        self.patch = stages[0]["reduction"]
+        state_dict = None if checkpoint_path is None else self._read(checkpoint_path, family)
+        known = set(self.model.state_dict())
+        self._select([info["index"] for info in stages] if out_indices is None else sorted(out_indices))
+        if state_dict is not None:
+            self._load(state_dict, known, str(checkpoint_path))
+        if not 0 <= frozen_stages <= len(stages):
+            raise ValueError(f"{name} has {len(stages)} stages, frozen_stages is {frozen_stages}")
+        if grad_checkpointing:
+            try:
+                self.model.set_grad_checkpointing(True)
+            except (AttributeError, AssertionError):
+                raise ValueError(f"{name} does not support grad_checkpointing") from None
+        self.frozen: list[nn.Module] = []
+        if frozen_stages:
+            self.frozen = _until(self.model, stages[frozen_stages - 1]["module"])
+            for parameter in self.model.parameters(recurse=False):  # position embeddings
+                parameter.requires_grad_(False)
+        for module in self.frozen:
+            module.requires_grad_(False)
+        self.train()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Normalised images ``[B, 3, H, W]`` to maps ``[B, channels, H / reduction, W / reduction]``, rounded.
+
+        Images for timm's transformers are padded to whole patches with zeros at the bottom and the right.
+        """
+        if self.whole_patches:
+            x = F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
+        try:
+            maps = self.model.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
+        except (AssertionError, RuntimeError) as error:
+            if self.any_size:
+                raise
+            raise ValueError(
+                f"{self.name} cannot take images of {x.shape[2]} x {x.shape[3]} ({error}): it is built for one size; "
+                "give that as img_size in model_args, or take another model") from error
+        if self.norms:
+            maps = [self.norms[str(level)](x) for level, x in zip(self.out_indices, maps, strict=True)]
+        return maps
+
+    def keep(self, reductions: Collection[int]) -> None:
+        """Drops the maps of other reductions than these, and what only they need."""
+        self._select([level for level, reduction in zip(self.out_indices, self.reductions, strict=True)
+                      if reduction in reductions])
+
+    def train(self, mode: bool = True) -> "DenseBackbone":
+        """Sets the mode of what is not frozen."""
+        super().train(mode)
+        for module in self.frozen if mode else ():
+            module.eval()
+        if mode and self.frozen_norms:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _select(self, levels: list[int]) -> None:
+        """Makes ``levels`` the maps that are returned."""
+        infos = self.model.feature_info
+        if not levels or not all(0 <= level < len(infos) for level in levels):
+            raise ValueError(f"{self.name} has levels 0 to {len(infos) - 1}, out_indices are {levels}")
+        info = FeatureInfo(infos, tuple(levels))
+        self.out_indices, self.channels, self.reductions = levels, list(info.channels()), list(info.reduction())
+        if self.level_norm:
+            weight = next(self.model.parameters())
+            self.norms = nn.ModuleDict({
+                str(level): self.norms[str(level)] if str(level) in self.norms else LayerNorm2d(
+                    channels, eps=self.level_norm.eps, device=weight.device, dtype=weight.dtype)
+                for level, channels in zip(levels, self.channels, strict=True)})
+        self.model.prune_intermediate_layers(levels, prune_norm=True, prune_head=True)
+
+    def _read(self, path: str, family: Any) -> dict[str, Tensor]:
+        """The entries of a checkpoint by our names: those of the model, and those of the norms as ``norms.<level>``."""
+        content, run = read_checkpoint(path)
+        if run is not None and run["backbone"] != self.name:
+            raise ValueError(f"{path} is of the model {run['backbone']}, not {self.name}")
+        for prefix in ("backbone.", "body."):  # of a whole detector, the authors' or ours
+            inner = {key.removeprefix(prefix): x for key, x in content.items() if key.startswith(prefix)}
+            content = inner or content
+        norms, weights = {}, {}
+        for key, x in content.items():
+            number, _, leaf = key.removeprefix(self.level_norm.prefix).partition(".") if self.level_norm else ("",) * 3
+            if self.level_norm and key.startswith(self.level_norm.prefix) and number.isdigit():
+                norms[f"norms.{number}.{leaf}"] = x
+            elif key.startswith("norms."):
+                norms[key] = x
+            else:
+                weights[key.removeprefix("model.")] = x
+        rename = getattr(family, "checkpoint_filter_fn", None)
+        if rename is not None:
+            with fitting(self.name, path):
+                weights = rename(weights, self.model)
+        return norms | {f"model.{key}": x for key, x in weights.items()}
+
+    def _load(self, state_dict: dict[str, Tensor], known: set[str], path: str) -> None:
+        """Loads what is wanted of a checkpoint whose other entries must be ``known`` to the whole model."""
+        wanted = self.state_dict()
+        if not any(key.startswith("norms.") for key in state_dict):
+            state_dict |= {key: x for key, x in wanted.items() if key.startswith("norms.")}
+        missing = [key for key in wanted if key not in state_dict and not key.endswith(".num_batches_tracked")]
+        unexpected = [key for key in state_dict if key.startswith("model.") and key.removeprefix("model.") not in known]
+        misshapen = [f"{key}, {list(state_dict[key].shape)} for {list(x.shape)}" for key, x in wanted.items()
+                     if key in state_dict and state_dict[key].shape != x.shape]
+        fresh = [key for key in missing if key.startswith("norms.")]
+        if fresh:  # a run of ours on other levels has not the norms of these
+            rank_zero_info(f"{path} has not all norms of the maps: {', '.join(fresh)} start anew")
+            missing = [key for key in missing if key not in fresh]
+        faults = [f"{len(keys)} {what} (first: {keys[0].removeprefix('model.')})" for keys, what in
+                  ((missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape")) if keys]
+        if faults:
+            raise ValueError(f"{path} is not a checkpoint of {self.name}: entries {', '.join(faults)}")
+        self.load_state_dict({key: x for key, x in state_dict.items() if key in wanted}, strict=False)
+
+
+def _family(name: str) -> Any:
+    """The Python module that defines the model."""
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        close = get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(f"there is no model {name!r}" + (f"; similar names: {', '.join(close)}" if close else ""))
+    return sys.modules[timm.model_entrypoint(architecture).__module__]
+
+
+def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, bool, bool]:
+    """The model, whether it takes images of any size, and whether these must be cut into whole patches."""
+    cfg = timm.get_pretrained_cfg(name)
+    fixed = cfg is not None and cfg.fixed_input_size
+    # What timm's vision transformers and Swin transformers call it to take images of any size.
+    for option in ({"dynamic_img_size": True}, {"strict_img_size": False}) if fixed else ():
+        try:
+            return timm.create_model(name, pretrained=pretrained, **option | args), True, True
+        except TypeError as error:
+            if next(iter(option)) not in str(error):
+                raise ValueError(f"{name} does not take these model_args: {error}") from error
+    try:
+        model: Any = timm.create_model(name, pretrained=pretrained, **args)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these model_args: {error}") from error
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{name} gives no maps of its stages (it has no forward_intermediates)")
+    return model, not fixed, False
+
+
+def _stages(model: Any) -> list[dict[str, Any]]:
+    """The last level of each resolution from stride 4 on."""
+    infos = FeatureInfo(model.feature_info, tuple(range(len(model.feature_info)))).get_dicts()
+    last = {info["reduction"]: dict(info, index=index) for index, info in enumerate(infos)}
+    return [info for reduction, info in last.items() if reduction >= 4]
+
+
+def _until(model: nn.Module, last: str) -> list[nn.Module]:
+    """The modules of ``model`` up to the end of the one called ``last``, without those that contain it."""
+    modules, reached = [], False
+    for name, module in model.named_modules():
+        inside = f"{name}.".startswith(f"{last}.")
+        if reached and not inside:
+            break
+        reached |= inside
+        if inside or (name and not f"{last}.".startswith(f"{name}.")):
+            modules.append(module)
+    return modules

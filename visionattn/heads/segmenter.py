@@ -1,0 +1,133 @@
+"""A backbone with a segmentation head, and the ways of running it over an image: whole, in windows, at many scales."""
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..dense import DenseBackbone
+from .blocks import resize
+from .semantic_fpn import SemanticFPNHead
+from .upernet import FCNHead, UPerNetHead
+
+__all__ = ["Segmenter", "multi_scale", "sliding_window"]
+
+
+class Segmenter(nn.Module):
+    """Segmentation network: normalisation, backbone, head.
+
+    Args:
+        backbone: Gives the maps, finest first.
+        num_classes: Channels of the logits.
+        head: ``upernet`` or ``semantic_fpn``.
+        channels: Width of the head; None for the papers' (512 of UPerNet, 128 of Semantic FPN). Semantic FPN's
+            pyramid is twice as wide, the auxiliary head half as wide.
+        auxiliary: Add an FCN head on the last but one map, for an auxiliary loss.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+            self,
+            backbone: DenseBackbone,
+            num_classes: int,
+            head: Literal["upernet", "semantic_fpn"] = "upernet",
+            channels: int | None = None,
+            auxiliary: bool = False,
+    ):
+        super().__init__()
+        if head not in ("upernet", "semantic_fpn"):
+            raise ValueError(f"head must be upernet or semantic_fpn, got {head!r}")
+        self.backbone = backbone
+        self.head: nn.Module
+        if head == "upernet":
+            channels = channels or 512
+            self.head = UPerNetHead(backbone.channels, num_classes, channels)
+        else:
+            channels = channels or 128
+            self.head = SemanticFPNHead(backbone.channels, backbone.reductions, num_classes, channels, 2 * channels)
+        self.auxiliary_head = None
+        if auxiliary:
+            if len(backbone.channels) < 2:
+                raise ValueError(f"{backbone.name} gives a single map here and the auxiliary head needs the last but "
+                                 "one: set auxiliary_weight to 0")
+            self.auxiliary_head = FCNHead(backbone.channels[-2], num_classes, max(1, channels // 2))
+        config: Any = backbone.model.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"])[:, None, None], persistent=False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The backbone's maps of ``images [B, 3, H, W]`` in [0, 1]."""
+        return self.backbone((images - self.mean) / self.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, classes, H, W]`` of ``images [B, 3, H, W]`` in [0, 1]."""
+        return resize(self.head(self.features(images)), images.shape[-2:])
+
+
+def sliding_window(
+        model: Callable[[Tensor], Tensor],
+        images: Tensor,
+        window: int,
+        stride: int,
+) -> Tensor:
+    """Logits of ``images`` as the mean over overlapping square windows.
+
+    Args:
+        model: Takes ``[B, 3, h, w]`` to logits ``[B, classes, h, w]``.
+        images: ``[B, 3, H, W]``.
+        window: Side of the windows; an image side below it is one window.
+        stride: Step between windows; the last one is moved back to end at the image's edge.
+
+    Returns:
+        Logits ``[B, classes, H, W]``.
+    """
+    height, width = images.shape[-2:]
+    total = torch.zeros((), device=images.device)  # takes its shape from the first window
+    count = images.new_zeros(height, width)
+    for top in _starts(height, window, stride):
+        for left in _starts(width, window, stride):
+            place = (..., slice(top, top + window), slice(left, left + window))
+            logits = model(images[place])
+            if not total.ndim:
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[place] += logits
+            count[place] += 1
+    return total / count
+
+
+def multi_scale(
+        model: Callable[[Tensor], Tensor],
+        images: Tensor,
+        size: Sequence[int],
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+) -> Tensor:
+    """Mean probability over resized and mirrored copies of the images.
+
+    Args:
+        model: Takes ``[B, 3, h, w]`` to logits ``[B, classes, h, w]``.
+        images: ``[B, 3, H, W]``.
+        size: Height and width of the result.
+        scales: Factors on the images' sides.
+        flip: Also mirror every copy.
+
+    Returns:
+        ``[B, classes, *size]``: logits for one copy, else the logarithms of the mean probabilities.
+    """
+    height, width = images.shape[-2:]
+    views = [(scale, mirror) for scale in scales for mirror in ((False, True) if flip else (False,))]
+    total = torch.zeros((), device=images.device)
+    for scale, mirror in views:
+        copy = resize(images, (max(1, round(scale * height)), max(1, round(scale * width))))
+        logits = resize(model(copy.flip(-1)).flip(-1) if mirror else model(copy), size)
+        if len(views) == 1:
+            return logits
+        total = total + logits.float().softmax(dim=1)
+    return (total / len(views)).clamp(min=1e-12).log()
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]

@@ -1,0 +1,65 @@
+"""What the dense tasks share: seeds that survive a resume, averaged weights, and checkpoints that stand alone."""
+import json
+import math
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+
+__all__ = ["DenseTask"]
+
+
+class DenseTask(pl.LightningModule):
+    """A LightningModule whose hyper-parameters ``args`` hold ``ema_decay`` among others."""
+
+    args: Any  # what the constructor was given, by name
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The moving average of the weights, while fitting."""
+        if self.args.ema_decay is None or self.trainer.state.fn != "fit":
+            return []
+        return [EMAWeightAveraging(decay=self.args.ema_decay)]
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds by the run's seed and the epoch, so that a resumed run draws what an uninterrupted one would have."""
+        if "PL_GLOBAL_SEED" in os.environ:  # set by seed_everything
+            seed = np.random.SeedSequence([int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, self.global_rank])
+            torch_seed, numpy_seed, python_seed = (int(value) for value in seed.generate_state(3))
+            torch.manual_seed(torch_seed)
+            np.random.seed(numpy_seed)
+            random.seed(python_seed)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes a checkpoint stand alone: rebuilding from it needs neither a download nor the file it started from."""
+        checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint_path": None}
+
+    def training_steps(self) -> int:
+        """Optimiser steps of the whole run, for a schedule that ends with it."""
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        return int(steps)
+
+    def write_test_metrics(self, metrics: dict[str, Any]) -> None:
+        """Writes ``test_metrics.json`` into the run folder."""
+        if self.trainer.is_global_zero:
+            path = Path(self.trainer.default_root_dir, "test_metrics.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(metrics, indent=2) + "\n")
+            rank_zero_info(f"Test metrics are in {path}")
+
+
+def check_arguments(num_classes: int, least: int, class_names: list[str] | None, ema_decay: float | None) -> None:
+    """Raises a ValueError for arguments that no task can take."""
+    if num_classes < least:
+        raise ValueError(f"num_classes must be at least {least}, got {num_classes}")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"{len(class_names)} class names were given for {num_classes} classes")
+    if ema_decay is not None and not 0 < ema_decay < 1:
+        raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}")

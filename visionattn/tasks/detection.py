@@ -1,0 +1,329 @@
+"""Object detection and instance masks: any backbone under torchvision's detectors, measured by COCO's AP."""
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchmetrics import SumMetric
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from ..dense import DenseBackbone
+from ..heads.detector import build_detector
+from ..layers.auxiliary import auxiliary_losses
+from .base import DenseTask, check_arguments
+from .optim import adamw, cosine_with_warmup, steps_with_warmup
+
+__all__ = ["DetectionTask"]
+
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+class DetectionTask(DenseTask):
+    """Trains and tests a detector of torchvision over a backbone with a feature pyramid.
+
+    Batches are lists of images ``[3, H, W]`` in [0, 1], of any sizes, and of targets: dicts of ``boxes`` (x1, y1, x2,
+    y2 in the image's pixels), ``labels`` (from 1 on), ``masks`` (``[N, H, W]``, for Mask R-CNN), ``iscrowd``,
+    ``area``, ``image_id``, ``orig_size`` (height and width of the file) and ``file_name``. Images are resized and
+    normalised here. Crowds are not trained on; in evaluation, detections in them count neither way.
+
+    Logs each loss as ``train/<loss>`` and their sum as ``train/loss``, and COCO's average precisions, of boxes and for
+    Mask R-CNN of masks: ``val/`` and ``test/`` ``box_map`` (mean over the IoU thresholds 0.5 to 0.95), ``box_map_50``,
+    ``box_map_75``, ``mask_map``, ... Testing writes them and more into ``test_metrics.json``; prediction writes
+    ``predictions.json`` in COCO's format for results and ``pictures/<file name>.png``, boxes and masks in pixels of
+    the file. All go into the trainer's ``default_root_dir``.
+
+    Args:
+        backbone: Name of a model of timm's registry, ours included.
+        num_classes: Number of classes, without background; the command line takes it from the data.
+        class_names: Their names; the command line takes them from the data.
+        detector: ``fcos``, ``retinanet``, ``faster_rcnn`` or ``mask_rcnn``.
+        pretrained: Start from the published classification weights.
+        checkpoint_path: Start from the backbone's weights of this file (see :class:`visionattn.dense.DenseBackbone`).
+        model_args: More arguments of ``timm.create_model``.
+        frozen_stages: Stages, from the stem on, that are not trained.
+        frozen_norms: Keep the statistics of the backbone's batch norms.
+        grad_checkpointing: Trade time for memory in the backbone.
+        drop_path_rate: Stochastic depth; None leaves the model's own.
+        strides: Of the pyramid's levels; None for 8 to 128 (FCOS, RetinaNet) or 4 to 64 (R-CNN). Stages of the
+            backbone that are coarser than the last are left out.
+        fpn_channels: Width of the pyramid and of the heads, a multiple of 64 for FCOS.
+        anchor_scale: Side of the anchors in strides of their level; None for 1 (FCOS), 4 (RetinaNet) or 8 (R-CNN).
+        min_size: Shorter side that images are resized to; from a list, training draws and evaluation takes the last.
+        max_size: Longest side that images may have then.
+        detector_args: More arguments of torchvision's detector.
+        class_metrics: Test metrics have the average precision of each class.
+        picture_score: Least score of what ``predict`` draws; its JSON has all detections.
+        lr: Peak learning rate, for the batch size as it is (it is not scaled).
+        weight_decay: Of weights; biases, norms and bias tables have none.
+        betas: Of AdamW.
+        layer_decay: Factor on the learning rate from each layer of the backbone to the one before it.
+        schedule: ``step``: a tenth of the rate from each of the milestones on; ``cosine`` over the whole run.
+        milestones: Epochs; fractions count.
+        warmup_steps: Optimiser steps of linear warm-up.
+        min_lr: Learning rate that the cosine ends at.
+        ema_decay: Decay per step of the moving average of the weights, which is then what is validated and tested.
+    """
+
+    monitor = "val/box_map"  # what the best checkpoint is best in
+    monitor_mode = "max"
+
+    def __init__(
+            self,
+            backbone: str = "biformer_small",
+            num_classes: int = 80,
+            class_names: list[str] | None = None,
+            detector: Literal["fcos", "retinanet", "faster_rcnn", "mask_rcnn"] = "mask_rcnn",
+            pretrained: bool = False,
+            checkpoint_path: str | None = None,
+            model_args: dict[str, Any] | None = None,
+            frozen_stages: int = 0,
+            frozen_norms: bool = False,
+            grad_checkpointing: bool = False,
+            drop_path_rate: float | None = None,
+            strides: list[int] | None = None,
+            fpn_channels: int = 256,
+            anchor_scale: float | None = None,
+            min_size: int | list[int] = 800,
+            max_size: int = 1333,
+            detector_args: dict[str, Any] | None = None,
+            class_metrics: bool = False,
+            picture_score: float = 0.5,
+            lr: float = 1e-4,
+            weight_decay: float = 0.05,
+            betas: tuple[float, float] = (0.9, 0.999),
+            layer_decay: float | None = None,
+            schedule: Literal["step", "cosine"] = "step",
+            milestones: list[float] = [8, 11],  # noqa: B006 - the command line shows it as it is; never changed
+            warmup_steps: int = 500,
+            min_lr: float = 0.0,
+            ema_decay: float | None = None,
+    ):
+        super().__init__()
+        check_arguments(num_classes, 1, class_names, ema_decay)
+        if schedule not in ("step", "cosine"):
+            raise ValueError(f"schedule must be step or cosine, got {schedule!r}")
+        self.save_hyperparameters()
+        self.args = self.hparams
+        args = dict(model_args or {})
+        if drop_path_rate is not None:
+            args["drop_path_rate"] = drop_path_rate
+        body = DenseBackbone(
+            backbone, task="detection", pretrained=pretrained, checkpoint_path=checkpoint_path,
+            frozen_stages=frozen_stages, frozen_norms=frozen_norms, grad_checkpointing=grad_checkpointing,
+            model_args=args)
+        self.model = build_detector(
+            detector, body, num_classes, strides, fpn_channels, anchor_scale, min_size=min_size, max_size=max_size,
+            **detector_args or {})
+        self.val_map, self.test_map = self._average_precision(False), self._average_precision(class_metrics)
+        self.num_tested = SumMetric()
+        self._predictions: list[dict[str, Any]] = []
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Detections of each image in pixels of it, best first: ``boxes``, ``labels``, ``scores``, ``masks``."""
+        return self.model(images)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW and its schedule, stepped once an optimiser step."""
+        args = self.args
+        pyramid = self.model.backbone
+        heads = [module for name, module in self.model.named_children() if name != "backbone"]
+        optimizer = adamw(
+            pyramid.body.model, args.lr, args.weight_decay, args.betas, args.layer_decay,
+            [pyramid.body.norms, pyramid.fpn, *heads])
+        steps = self.training_steps()
+        if args.schedule == "cosine":
+            schedule = cosine_with_warmup(optimizer, steps, args.warmup_steps, args.min_lr / args.lr if args.lr else 0.)
+        else:
+            self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
+            epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+            schedule = steps_with_warmup(
+                optimizer, [round(milestone * epoch) for milestone in args.milestones], args.warmup_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Sum of the detector's losses of one batch and of those that the backbone adds."""
+        images, targets = batch
+        self._check_masks(targets)
+        losses: dict[str, Tensor] = self.model(images, [_without_crowds(target) for target in targets])
+        losses = losses | auxiliary_losses(self.model)
+        loss = torch.stack(list(losses.values())).sum()
+        common: dict[str, Any] = dict(on_step=True, on_epoch=True, batch_size=len(images), sync_dist=True)
+        self.log("train/loss", loss, prog_bar=True, **common)
+        self.log_dict({f"train/{name.removeprefix('loss_')}": value for name, value in losses.items()}, **common)
+        return loss
+
+    def validation_step(self, batch: Batch) -> None:
+        """Adds one batch to the validation metrics."""
+        self._evaluate(self.val_map, *batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation metrics."""
+        self._log("val", self.val_map)
+
+    def test_step(self, batch: Batch) -> None:
+        """Adds one batch to the test metrics."""
+        self._evaluate(self.test_map, *batch)
+        self.num_tested.update(len(batch[0]))
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics and writes ``test_metrics.json`` into the run folder."""
+        metrics: dict[str, Any] = self._log("test", self.test_map)
+        self.write_test_metrics(metrics | {
+            "num_images": int(self.num_tested.compute()),
+            "num_classes": self.args.num_classes,
+            "backbone": self.args.backbone,
+            "detector": self.args.detector,
+        })
+        self.num_tested.reset()
+
+    def predict_step(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Draws the detections of one batch and keeps them for the JSON; returns them in pixels of the files."""
+        images, targets = batch
+        found = self._detect(images, targets)
+        for image, target, detections in zip(images, targets, found, strict=True):
+            self._draw(image, target, detections)
+            self._predictions += self._records(target, detections)
+        return found
+
+    def on_predict_epoch_end(self) -> None:
+        """Writes ``predictions.json`` into the run folder."""
+        records, self._predictions = self._predictions, []
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, records)
+            records = sorted((record for part in gathered for record in part), key=lambda record: record["image_id"])
+        if self.trainer.is_global_zero:
+            run = Path(self.trainer.default_root_dir)
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "predictions.json").write_text(json.dumps(records))
+            rank_zero_info(f"{len(records)} detections are in {run / 'predictions.json'}, pictures in {run}/pictures")
+
+    def _average_precision(self, class_metrics: bool) -> MeanAveragePrecision:
+        kinds: Any = ("bbox", "segm") if self.args.detector == "mask_rcnn" else ("bbox",)
+        metric = _AveragePrecision(iou_type=kinds, class_metrics=class_metrics)
+        metric.warn_on_many_detections = False
+        return metric
+
+    def _check_masks(self, targets: list[dict[str, Any]]) -> None:
+        if self.args.detector == "mask_rcnn" and not all("masks" in target for target in targets):
+            raise ValueError("mask_rcnn needs masks, and the data has none: set data.init_args.masks to true, or take "
+                             "detector faster_rcnn")
+
+    def _detect(self, images: list[Tensor], targets: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """Detections on the CPU in pixels of the files, with masks ``[N, H, W]`` of bools for Mask R-CNN."""
+        return [_to_file(image, target, detections)
+                for image, target, detections in zip(images, targets, self(images), strict=True)]
+
+    def _evaluate(self, metric: MeanAveragePrecision, images: list[Tensor], targets: list[dict[str, Any]]) -> None:
+        self._check_masks(targets)
+        truth = [_to_file(image, target, target) for image, target in zip(images, targets, strict=True)]
+        metric.update(self._detect(images, targets), truth)
+
+    def _log(self, split: str, metric: MeanAveragePrecision) -> dict[str, Any]:
+        """Logs and resets the metrics of ``split``; returns them, None for what has no objects to measure."""
+        results = metric.compute()
+        metric.reset()
+        names = self.args.class_names or [str(label) for label in range(1, self.args.num_classes + 1)]
+        metrics: dict[str, Any] = {}
+        kinds = {"box": "bbox_", "mask": "segm_"} if self.args.detector == "mask_rcnn" else {"box": ""}
+        for prefix, kind in kinds.items():  # kind: torchmetrics' prefix, which it omits where there is one kind
+            for key in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100"):
+                value = round(results[f"{kind}{key}"].item(), 6)
+                metrics[f"{prefix}_{key}"] = None if value < 0 else value
+            if metric.class_metrics:
+                values = results[f"{kind}map_per_class"].reshape(-1).tolist()
+                labels = results["classes"].reshape(-1).tolist()
+                metrics[f"{prefix}_map_per_class"] = {
+                    names[label - 1]: None if value < 0 else round(value, 6)
+                    for label, value in zip(labels, values, strict=True)}
+        logged = [key for key in metrics if key.endswith(("_map", "_map_50", "_map_75"))]
+        self.log_dict({f"{split}/{key}": metrics[key] or 0.0 for key in logged}, prog_bar=split == "val")
+        return metrics
+
+    def _records(self, target: dict[str, Any], detections: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """The detections of one image as COCO's format for results has them."""
+        ids = getattr(getattr(self.trainer, "datamodule", None), "category_ids", None)
+        records = []
+        boxes, scores = detections["boxes"].tolist(), detections["scores"].tolist()
+        for i, ((x1, y1, x2, y2), score, label) in enumerate(
+                zip(boxes, scores, detections["labels"].tolist(), strict=True)):
+            records.append({
+                "image_id": int(target["image_id"]),
+                "file_name": target["file_name"],
+                "category_id": ids[label - 1] if ids else label,
+                "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 6),
+            })
+            if "masks" in detections:
+                code = coco_mask.encode(np.asfortranarray(detections["masks"][i].numpy().astype(np.uint8)))
+                records[-1]["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
+        return records
+
+    def _draw(self, image: Tensor, target: dict[str, Any], detections: dict[str, Tensor]) -> None:
+        """Writes the picture of one image with what was detected on it."""
+        height, width = (int(side) for side in target["orig_size"])
+        image = image.detach().float().cpu()
+        if image.shape[-2:] != (height, width):
+            image = interpolate(image[None], size=(height, width), mode="bilinear")[0]
+        picture = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+        shown = detections["scores"] >= self.args.picture_score
+        if shown.any():
+            names = self.args.class_names or [str(label) for label in range(1, self.args.num_classes + 1)]
+            labels, scores = detections["labels"][shown].tolist(), detections["scores"][shown].tolist()
+            colours = [_PALETTE[label % len(_PALETTE)] for label in labels]
+            if "masks" in detections:
+                picture = draw_segmentation_masks(picture, detections["masks"][shown], alpha=0.5, colors=colours)
+            captions = [f"{names[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+            picture = draw_bounding_boxes(picture, detections["boxes"][shown], captions, colours)
+        path = Path(self.trainer.default_root_dir, "pictures", f"{target['file_name']}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.movedim(0, -1).numpy()).save(path)
+
+
+_PALETTE = [
+    (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
+    (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128), (170, 110, 40), (128, 0, 0), (128, 128, 0),
+]
+
+
+class _AveragePrecision(MeanAveragePrecision):
+    """torchmetrics' metric for processes that have seen different numbers of images; they may differ by one."""
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        size = torch.distributed.get_world_size(process_group)
+        for name in self._defaults:
+            parts: list[Any] = [None] * size
+            torch.distributed.all_gather_object(parts, getattr(self, name), process_group)
+            # In the order of the images, which were dealt out one by one.
+            setattr(self, name, [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)])
+
+
+def _without_crowds(target: dict[str, Any]) -> dict[str, Any]:
+    """What a detector is trained on of a target."""
+    single = target["iscrowd"] == 0 if "iscrowd" in target else slice(None)
+    return {key: target[key][single] for key in ("boxes", "labels", "masks") if key in target}
+
+
+def _to_file(image: Tensor, target: dict[str, Any], objects: dict[str, Any]) -> dict[str, Any]:
+    """``objects`` (boxes, masks) of an image as loaded to pixels of its file, on the CPU."""
+    height, width = (int(side) for side in target["orig_size"])
+    moved: dict[str, Any] = {
+        key: objects[key].detach().cpu() for key in ("labels", "scores", "area", "iscrowd") if key in objects}
+    zoom = [width / image.shape[2], height / image.shape[1]]
+    moved["boxes"] = objects["boxes"].detach().float().cpu() * torch.tensor(zoom * 2)
+    if "masks" in objects:
+        masks = objects["masks"].detach()
+        masks = masks[:, None] if masks.ndim == 3 else masks
+        if zoom != [1.0, 1.0]:
+            masks = interpolate(masks.float(), size=(height, width), mode="bilinear")
+        moved["masks"] = (masks[:, 0] > 0.5).cpu()
+    return moved

@@ -1,0 +1,76 @@
+"""Losses of segmentation: cross-entropy, soft dice and online hard example mining, alone or as a weighted sum.
+
+All take logits ``[B, C, H, W]`` of any floating dtype and labels ``[B, H, W]`` (int64), leave out the pixels whose
+label is ``ignore_index``, compute in float32 and return a scalar, which is 0 where no pixel is left.
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+__all__ = ["SegmentationLoss", "dice_loss", "ohem_loss", "pixel_loss"]
+
+HARD = -math.log(0.7)  # cross-entropy of a pixel whose class has a probability of 0.7
+LEAST_KEPT = 16  # hard example mining keeps at least one in so many pixels
+
+
+class SegmentationLoss(nn.Module):
+    """Weighted sum of losses.
+
+    Args:
+        weights: Weight of each loss; the names are ``cross_entropy``, ``dice`` and ``ohem``.
+        ignore_index: Label of pixels that do not count.
+    """
+
+    def __init__(self, weights: dict[str, float], ignore_index: int = 255):
+        super().__init__()
+        unknown = sorted(set(weights) - set(_LOSSES))
+        if unknown or not weights:
+            raise ValueError(f"losses must name some of {', '.join(_LOSSES)} with their weights, got "
+                             f"{', '.join(unknown) or 'none'}")
+        self.weights, self.ignore_index = dict(weights), ignore_index
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Scalar loss of logits ``[B, C, H, W]`` against labels ``[B, H, W]``."""
+        terms = [weight * _LOSSES[name](logits, labels, self.ignore_index) for name, weight in self.weights.items()]
+        return torch.stack(terms).sum()
+
+
+def pixel_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross-entropy, mean over the pixels that count."""
+    total = cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """One minus the soft dice coefficient (Milletari et al., 2016), mean over the classes that occur in the labels.
+
+    The coefficient of a class is ``2 sum(p t) / (sum(p) + sum(t))`` over all pixels of the batch.
+    """
+    probabilities = logits.float().softmax(dim=1)
+    counts = (labels != ignore_index).to(probabilities.dtype)
+    labels = labels.where(labels != ignore_index, 0)
+
+    def per_class(x: Tensor) -> Tensor:
+        return x.new_zeros(logits.shape[1]).index_add(0, labels.flatten(), x.flatten())
+
+    common = per_class(probabilities.gather(1, labels[:, None])[:, 0] * counts)
+    predicted, true = (probabilities * counts[:, None]).sum((0, 2, 3)), per_class(counts)
+    present = true > 0
+    loss = 1 - 2 * common / (predicted + true).clamp(min=1e-6)
+    return (loss * present).sum() / present.sum().clamp(min=1)
+
+
+def ohem_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Cross-entropy, mean over hard pixels: those whose own class has a probability below 0.7.
+
+    Where these are fewer than a sixteenth of all pixels, the hardest sixteenth counts (as in BiSeNet).
+    """
+    losses = cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="none").flatten()
+    least = losses.detach().topk(max(1, len(losses) // LEAST_KEPT)).values[-1]
+    hard = (losses >= least.clamp(max=HARD)) & (labels.flatten() != ignore_index)
+    return (losses * hard).sum() / hard.sum().clamp(min=1)
+
+
+_LOSSES = {"cross_entropy": pixel_loss, "dice": dice_loss, "ohem": ohem_loss}

@@ -1,0 +1,264 @@
+"""Semantic segmentation: any hierarchical backbone with UPerNet or Semantic FPN, measured by mean IoU."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from PIL import Image
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from ..dense import DenseBackbone
+from ..heads.blocks import resize
+from ..heads.segmenter import Segmenter, multi_scale, sliding_window
+from ..layers.auxiliary import auxiliary_losses
+from .base import DenseTask, check_arguments
+from .losses import SegmentationLoss
+from .optim import adamw, cosine_with_warmup, poly_with_warmup
+
+__all__ = ["SegmentationTask"]
+
+
+class SegmentationTask(DenseTask):
+    """Trains and tests a backbone with a segmentation head.
+
+    Training takes batches ``(images [B, 3, H, W] in [0, 1], labels [B, H, W])``; evaluation the same, where the labels
+    may be of another size: that of the file, which the logits are then brought to. Prediction takes
+    ``(images, names, sizes [B, 2])``, the sizes those of the files. Images are normalised here, as the backbone was
+    trained.
+
+    Logs ``train/loss``, and ``val/`` and ``test/`` ``miou`` (mean intersection over union of the classes that occur in
+    the labels or the prediction), ``accuracy`` (of pixels), both fractions, and ``loss`` (mean over the images).
+    Testing writes ``test_metrics.json``, with the IoU of each class; prediction writes ``predictions/<name>.png``
+    (label maps with a palette) and ``pictures/<name>.png`` (the map over the image), all into the trainer's
+    ``default_root_dir``. Batch norm over several devices, clipping and mixed precision are the Trainer's.
+
+    Args:
+        backbone: Name of a hierarchical model of timm's registry, ours included.
+        num_classes: Number of labels, the background's among them; the command line takes it from the data.
+        class_names: Their names; the command line takes them from the data.
+        pretrained: Start from the published classification weights.
+        checkpoint_path: Start from the backbone's weights of this file.
+        model_args: More arguments of ``timm.create_model``.
+        out_indices: Stages that the head sees; None for all.
+        frozen_stages: Stages, from the stem on, that are not trained.
+        frozen_norms: Keep the statistics of the backbone's batch norms.
+        grad_checkpointing: Trade time for memory in the backbone.
+        drop_path_rate: Stochastic depth; None leaves the model's own.
+        head: ``upernet`` or ``semantic_fpn``.
+        head_channels: Width of the head; None for the papers' (512 and 128).
+        losses: Weight of each loss: ``cross_entropy``, ``dice``, ``ohem``; None for cross-entropy alone.
+        auxiliary_weight: Of the loss of an FCN head on the last but one stage; 0 for no such head.
+        ignore_index: Label of pixels that do not count.
+        window: Evaluate in overlapping square windows of this side, in pixels; None for whole images.
+        window_stride: Step between windows; None for two thirds of their side.
+        test_scales: Test and predict with the mean probability over images resized by these factors.
+        test_flip: Test and predict with mirrored images too.
+        lr: Peak learning rate, for the batch size as it is (it is not scaled).
+        weight_decay: Of weights; biases, norms and bias tables have none.
+        betas: Of AdamW.
+        layer_decay: Factor on the learning rate from each layer of the backbone to the one before it.
+        schedule: ``poly`` or ``cosine``, over the whole run.
+        poly_power: Exponent of ``poly``.
+        warmup_steps: Optimiser steps of linear warm-up.
+        min_lr: Learning rate that the schedule ends at.
+        ema_decay: Decay per step of the moving average of the weights, which is then what is validated and tested.
+    """
+
+    monitor = "val/miou"  # what the best checkpoint is best in
+    monitor_mode = "max"
+
+    def __init__(
+            self,
+            backbone: str = "dinat_tiny",
+            num_classes: int = 150,
+            class_names: list[str] | None = None,
+            pretrained: bool = False,
+            checkpoint_path: str | None = None,
+            model_args: dict[str, Any] | None = None,
+            out_indices: list[int] | None = None,
+            frozen_stages: int = 0,
+            frozen_norms: bool = False,
+            grad_checkpointing: bool = False,
+            drop_path_rate: float | None = None,
+            head: Literal["upernet", "semantic_fpn"] = "upernet",
+            head_channels: int | None = None,
+            losses: dict[str, float] | None = None,
+            auxiliary_weight: float = 0.4,
+            ignore_index: int = 255,
+            window: int | None = None,
+            window_stride: int | None = None,
+            test_scales: list[float] | None = None,
+            test_flip: bool = False,
+            lr: float = 6e-5,
+            weight_decay: float = 0.01,
+            betas: tuple[float, float] = (0.9, 0.999),
+            layer_decay: float | None = None,
+            schedule: Literal["poly", "cosine"] = "poly",
+            poly_power: float = 1.0,
+            warmup_steps: int = 1500,
+            min_lr: float = 0.0,
+            ema_decay: float | None = None,
+    ):
+        super().__init__()
+        check_arguments(num_classes, 2, class_names, ema_decay)
+        if num_classes > 255:
+            raise ValueError(f"label maps have 8 bits and 255 labels at most, got {num_classes} classes")
+        if schedule not in ("poly", "cosine"):
+            raise ValueError(f"schedule must be poly or cosine, got {schedule!r}")
+        if window is None and window_stride is not None:
+            raise ValueError("window_stride is of no use without window")
+        if window is not None and not 0 < (window_stride or window) <= window:
+            raise ValueError(f"window_stride must lie between 1 and window ({window}), got {window_stride}")
+        if test_scales is not None and (not test_scales or min(test_scales) <= 0):
+            raise ValueError(f"test_scales must be positive factors, got {test_scales}")
+        self.save_hyperparameters()
+        self.args = self.hparams
+        args = dict(model_args or {})
+        if drop_path_rate is not None:
+            args["drop_path_rate"] = drop_path_rate
+        maps = DenseBackbone(
+            backbone, task="segmentation", pretrained=pretrained, checkpoint_path=checkpoint_path,
+            out_indices=out_indices, frozen_stages=frozen_stages, frozen_norms=frozen_norms,
+            grad_checkpointing=grad_checkpointing, model_args=args)
+        self.model = Segmenter(maps, num_classes, head, head_channels, auxiliary=auxiliary_weight > 0)
+        self.loss = SegmentationLoss(losses or {"cross_entropy": 1.0}, ignore_index)
+        matrix = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
+        self.val_matrix, self.test_matrix = matrix, matrix.clone()
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.num_tested = SumMetric()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, classes, H, W]`` of ``images [B, 3, H, W]`` in [0, 1], seen whole."""
+        return self.model(images)
+
+    def infer(self, images: Tensor, size: Sequence[int], testing: bool = False) -> Tensor:
+        """Logits ``[B, classes, *size]`` of ``images``, in windows and, when ``testing``, at many scales if asked for.
+
+        More than one scale gives the logarithms of mean probabilities.
+        """
+        args = self.args
+
+        def once(images: Tensor) -> Tensor:
+            if args.window is None:
+                return self.model(images)
+            return sliding_window(self.model, images, args.window, args.window_stride or -(-args.window * 2 // 3))
+
+        if not testing:
+            return multi_scale(once, images, size)
+        return multi_scale(once, images, size, args.test_scales or [1.0], args.test_flip)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW and its schedule, stepped once an optimiser step."""
+        args, model = self.args, self.model
+        heads = [head for head in (model.backbone.norms, model.head, model.auxiliary_head) if head is not None]
+        optimizer = adamw(model.backbone.model, args.lr, args.weight_decay, args.betas, args.layer_decay, heads)
+        steps, floor = self.training_steps(), args.min_lr / args.lr if args.lr else 0.0
+        if args.schedule == "cosine":
+            schedule = cosine_with_warmup(optimizer, steps, args.warmup_steps, floor)
+        else:
+            schedule = poly_with_warmup(optimizer, steps, args.warmup_steps, floor, args.poly_power)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Loss of one batch: the head's, the auxiliary head's, and the backbone's own."""
+        images, labels = batch
+        size = labels.shape[-2:]
+        features = self.model.features(images)
+        losses = {"segmentation": self.loss(resize(self.model.head(features), size), labels)}
+        if self.model.auxiliary_head is not None:
+            logits = resize(self.model.auxiliary_head(features[-2]), size)
+            losses["auxiliary"] = self.args.auxiliary_weight * self.loss(logits, labels)
+        losses |= auxiliary_losses(self.model)
+        loss = torch.stack(list(losses.values())).sum()
+        common: dict[str, Any] = dict(on_step=True, on_epoch=True, batch_size=len(images), sync_dist=True)
+        self.log("train/loss", loss, prog_bar=True, **common)
+        if len(losses) > 1:
+            self.log_dict({f"train/{name}": value for name, value in losses.items()}, **common)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Adds one batch to the validation metrics."""
+        self._evaluate(self.val_matrix, self.val_loss, *batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation metrics."""
+        self._log("val", self.val_matrix, self.val_loss)
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Adds one batch to the test metrics."""
+        self._evaluate(self.test_matrix, self.test_loss, *batch, testing=True)
+        self.num_tested.update(len(batch[0]))
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics and writes ``test_metrics.json`` into the run folder."""
+        iou, metrics = self._log("test", self.test_matrix, self.test_loss)
+        names = self.args.class_names or [str(label) for label in range(self.args.num_classes)]
+        # A class that occurs neither in the labels nor in the prediction has no IoU.
+        per_class = [None if value.isnan() else round(value.item(), 6) for value in iou]
+        self.write_test_metrics({key: round(value, 6) for key, value in metrics.items()} | {
+            "iou": dict(zip(names, per_class, strict=True)),
+            "num_images": int(self.num_tested.compute()),
+            "num_classes": self.args.num_classes,
+            "backbone": self.args.backbone,
+            "head": self.args.head,
+        })
+        self.num_tested.reset()
+
+    def predict_step(self, batch: tuple[Tensor, list[str], Tensor]) -> list[Path]:
+        """Writes the label maps and pictures of one batch and returns the label maps' paths."""
+        images, names, sizes = batch
+        paths = []
+        for image, name, (height, width) in zip(images, names, sizes.tolist(), strict=True):
+            labels = self.infer(image[None], (height, width), testing=True)[0].argmax(dim=0)
+            paths.append(self._write(name, labels.to("cpu", torch.uint8), resize(image[None], (height, width))[0]))
+        return paths
+
+    def on_predict_epoch_end(self) -> None:
+        """Says where the predictions are."""
+        run = self.trainer.default_root_dir
+        rank_zero_info(f"Label maps are in {run}/predictions, pictures in {run}/pictures")
+
+    def _evaluate(
+            self, matrix: Metric, loss: MeanMetric, images: Tensor, labels: Tensor, testing: bool = False) -> None:
+        logits = self.infer(images, labels.shape[-2:], testing)
+        matrix.update(logits.argmax(dim=1), labels)
+        for one, truth in zip(logits.split(1), labels.split(1), strict=True):  # so that batches do not matter
+            loss.update(self.loss(one, truth))
+
+    def _log(self, split: str, matrix: Metric, loss: MeanMetric) -> tuple[Tensor, dict[str, float]]:
+        """Logs and resets the metrics of ``split``; returns the IoU of each class, and what was logged."""
+        counts = matrix.compute().cpu().double()
+        hits = counts.diagonal()
+        iou = hits / (counts.sum(0) + counts.sum(1) - hits)
+        metrics = {
+            "miou": iou.nanmean().item(),
+            "accuracy": (hits.sum() / counts.sum()).item(),
+            "loss": loss.compute().item(),
+        }
+        matrix.reset()
+        loss.reset()
+        self.log_dict({f"{split}/{key}": value for key, value in metrics.items()}, prog_bar=True, sync_dist=True)
+        return iou, metrics
+
+    def _write(self, name: str, labels: Tensor, image: Tensor) -> Path:
+        """Writes one prediction: ``labels [H, W]`` (uint8) and ``image [3, H, W]``."""
+        run = Path(self.trainer.default_root_dir)
+        path, picture = run / "predictions" / f"{name}.png", run / "pictures" / f"{name}.png"
+        for file in (path, picture):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        label_map = Image.fromarray(labels.numpy())
+        label_map.putpalette(_palette())
+        label_map.save(path)
+        photo = Image.fromarray((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(0, -1).numpy())
+        Image.blend(photo, label_map.convert("RGB"), 0.5).save(picture)
+        return path
+
+
+def _palette() -> list[int]:
+    """Red, green and blue of 256 labels, as PASCAL VOC colours them: the label's bits, dealt to the high bits."""
+    return [sum(((label >> 3 * bit + channel) & 1) << 7 - bit for bit in range(8))
+            for label in range(256) for channel in range(3)]
