@@ -1,12 +1,16 @@
-# make demo: train, test, export and look at a small BiFormer.   make test: the test-suite.   Both set themselves up.
+# make demo, make demo-detection, make demo-segmentation: train, test and look at a small net; OPTIONS go to `fit`.
+# make test: the test-suite.   All of them set themselves up.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-detection demo-segmentation test lint clean
 
 demo: $(VENV)/.demo-installed
-	$(BIN)/visionattn demo
+	$(BIN)/visionattn demo $(OPTIONS)
+
+demo-detection demo-segmentation: $(VENV)/.demo-installed
+	$(BIN)/visionattn $(subst -, ,$@) $(OPTIONS)
 
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -n 2

@@ -1,12 +1,12 @@
-"""The command: what it needs, what it writes, how it resumes, and that every mistake ends in one line."""
+"""The command: what it needs, what it writes, and that every mistake ends in one line."""
 import csv
 import json
+import math
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -42,6 +42,7 @@ def digits(tmp_path_factory):
     config = folder / "config.yaml"
     config.write_text(CONFIG + f"  default_root_dir: {folder / 'run'}\n")
     assert main(["fit", "--config", str(config)]) == 0
+    assert (folder / "run" / "test_metrics.json").is_file()
     return config, folder / "run"
 
 
@@ -188,30 +189,41 @@ def test_resume_goes_on_in_the_same_files(digits, tmp_path):
     assert (saved["ckpt_path"], saved["trainer"]["max_epochs"]) == (None, 3)
 
 
-def test_killed_run_resumes_to_the_weights_of_one_that_lived(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG)
-    argv = ["fit", "--config", str(config), "--trainer.max_epochs", "4", "--data.num_workers", "1"]
+def test_fit_ends_with_a_test_of_the_best_checkpoint(digits, tmp_path, capfd):
+    """Also a finished run that is resumed; what is tested is the average of the weights that the file holds."""
+    _, run = digits
+    shutil.copytree(run, tmp_path / "run")
+    best, metrics = tmp_path / "run" / "checkpoints" / "best.ckpt", tmp_path / "run" / "test_metrics.json"
+    metrics.unlink()
+    rows = (tmp_path / "run" / "metrics.csv").read_text()
+    checkpoint = torch.load(best, weights_only=True)
+    for name, value in checkpoint["state_dict"].items():
+        if name.startswith("model.head.fc"):
+            value.zero_()
+    torch.save(checkpoint, best)
+    argv = ["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path / "run"),
+            "--ckpt_path", "last", "--trainer.enable_progress_bar", "true"]
+    assert main(argv) == 0
+    assert json.loads(metrics.read_text())["loss"] == pytest.approx(math.log(10), abs=1e-5)
+    assert (tmp_path / "run" / "metrics.csv").read_text() == rows
+    assert re.search(r"Testing DataLoader 0: +100%", capfd.readouterr().out)
 
-    def folder(name):
-        return ["--trainer.default_root_dir", str(tmp_path / name)]
 
-    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    process = subprocess.Popen(
-        [*COMMAND, *argv, *folder("killed")], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(1200):
-        if last.exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    assert main([*argv, *folder("killed"), "--ckpt_path", "last"]) == 0
-    assert main([*argv, *folder("lived")]) == 0
-    killed, lived = (torch.load(path, weights_only=True) for path in
-                     (last, tmp_path / "lived" / "checkpoints" / "last.ckpt"))
-    assert killed["epoch"] == lived["epoch"] == 3
-    for key in ("state_dict", "current_model_state"):
-        assert all(torch.equal(killed[key][name], lived[key][name]) for name in lived[key])
+@pytest.mark.parametrize("option", [["--trainer.limit_test_batches", "0"], ["--trainer.fast_dev_run", "true"]])
+def test_fit_without_a_test(option, digits, tmp_path):
+    argv = ["fit", "--config", str(digits[0]), "--trainer.default_root_dir", str(tmp_path / "run"), *option]
+    assert main([*argv, "--trainer.max_epochs", "1"]) == 0
+    assert not (tmp_path / "run" / "test_metrics.json").exists()
+
+
+def test_two_processes_test_together(digits, tmp_path):
+    argv = ["fit", "--config", str(digits[0]), "--trainer.default_root_dir", str(tmp_path / "run"),
+            "--trainer.max_epochs", "1", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    subprocess.run([*COMMAND, *argv], env=ENVIRONMENT, check=True, capture_output=True)
+    after_fit = json.loads((tmp_path / "run" / "test_metrics.json").read_text())
+    assert after_fit["num_images"] == 300
+    assert main(["test", "--config", str(digits[0]), "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "test_metrics.json").read_text()) == pytest.approx(after_fit, abs=2e-6)
 
 
 def test_image_folder_to_predictions(photos):
@@ -276,6 +288,13 @@ def test_missing_and_empty_image_folders(photos, tmp_path, fails):
     assert "nowhere does not exist" in fails(*_arguments(photos, "--data.root", tmp_path / "nowhere"))
     (photos / "train" / "fox").mkdir()
     assert "holds no images" in fails(*_arguments(photos))
+
+
+def test_bad_test_images_are_found_before_training(photos, fails):
+    write_classes(photos / "test")
+    (photos / "test" / "dog" / "1.jpg").write_bytes(b"this is no JPEG")
+    assert "1.jpg cannot be read as an image" in fails(*_arguments(photos))
+    assert not (photos.parent / "run").exists()
 
 
 def test_corrupt_image(photos, fails):

@@ -32,7 +32,7 @@ def test_parses(path, capsys):
 def test_trains(name, tmp_path):
     path = next(path for path in CONFIGS if path.stem == name)
     argv = ["fit", "--config", str(path), "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2",
-            "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu",
+            "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "0", "--trainer.accelerator", "cpu",
             "--trainer.default_root_dir", str(tmp_path), "--trainer.enable_progress_bar", "false"]
     assert main(argv) == 0
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()

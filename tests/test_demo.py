@@ -1,4 +1,4 @@
-"""The demo, shortened: its files are there and say what they should."""
+"""The demos, shortened: their files are there and say what they should."""
 import json
 import os
 import subprocess
@@ -6,16 +6,26 @@ import sys
 from pathlib import Path
 
 import onnx
+import pytest
+from PIL import Image
+
+from visionattn.cli import main
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+SHORTER = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--trainer.enable_progress_bar", "false"]
+
+
+def _demo(folder, *arguments):
+    done = subprocess.run([sys.executable, "-m", "visionattn", "demo", *arguments, *SHORTER], cwd=folder,
+                          env=ENVIRONMENT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_demo(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "mine.txt").write_text("an earlier demo")
-    options = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4"]
-    done = subprocess.run([sys.executable, "-m", "visionattn", "demo", *options], cwd=tmp_path, env=environment,
-                          text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = _demo(tmp_path)
     run = tmp_path / "runs" / "demo"
     metrics = json.loads((run / "test_metrics.json").read_text())
     assert metrics["num_images"] == 300
@@ -24,5 +34,29 @@ def test_demo(tmp_path):
     assert (run / "routes.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "checkpoints" / "best.ckpt").is_file()
     assert (tmp_path / "runs" / "demo-1" / "mine.txt").is_file()
-    for word in ("$ visionattn fit", "$ visionattn test", "$ visionattn export", "never trained on", "routes.png"):
-        assert word in done.stdout
+    for words in ("$ visionattn fit", "$ visionattn export", "accuracy on 300 digits never trained on", "routes.png"):
+        assert words in said
+
+
+@pytest.mark.parametrize(("task", "figure", "predictions"), [
+    ("detection", "box_map_50", "predictions.json"), ("segmentation", "miou", "predictions/scene_00011.png"),
+])
+def test_demo_of_scenes(task, figure, predictions, tmp_path):
+    said = _demo(tmp_path, task, "--data.init_args.val_scenes", "8", "--data.init_args.test_scenes", "16")
+    run = tmp_path / "runs" / f"demo-{task}"
+    metrics = json.loads((run / "test_metrics.json").read_text())
+    assert metrics["num_images"] == 16
+    assert 0 <= metrics[figure] <= 1
+    assert (run / predictions).is_file()
+    with Image.open(run / "sheet.png") as sheet, Image.open(run / "pictures" / "scene_00000.png") as picture:
+        width, height = picture.size
+        assert sheet.size == (8 + 4 * (3 * width + 8), 8 + 3 * (3 * height + 8))
+        first = sheet.crop((8, 8, 8 + 3 * width, 8 + 3 * height)).resize(picture.size, Image.Resampling.NEAREST)
+        assert first.tobytes() == picture.tobytes()
+    for words in ("$ visionattn fit", "$ visionattn predict", "on 16 scenes of digits never trained on", "sheet.png"):
+        assert words in said
+
+
+def test_unknown_demo(capsys):
+    assert main(["demo", "tracking"]) == 2
+    assert "no demo of 'tracking'; there are classification, detection, segmentation" in capsys.readouterr().err

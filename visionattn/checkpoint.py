@@ -26,7 +26,10 @@ def create_model(
         pretrained: bool = False,
         num_classes: int | None = None,
 ) -> nn.Module:
-    """A timm model, with the weights of ``checkpoint`` if one is given.
+    """A timm model, with the weights of ``checkpoint`` if one is given; for the checkpoint of a run what it trained.
+
+    That is a timm model too (``ClassificationTask``), a :class:`visionattn.heads.Segmenter` (``SegmentationTask``) or
+    one of torchvision's detectors (``DetectionTask``). Nothing is downloaded for it.
 
     Args:
         name: Model name; may be None for the checkpoint of a training run, which knows it.
@@ -35,7 +38,7 @@ def create_model(
         num_classes: Classes of the head; None takes the checkpoint's or the model's own.
 
     Raises:
-        ValueError: The file is not a checkpoint, or not one of this model.
+        ValueError: The file is not a checkpoint, or not one of this model, or its run cannot be rebuilt.
         FileNotFoundError: There is no such file.
     """
     classes: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
@@ -54,8 +57,12 @@ def create_model(
         raise ValueError(f"{checkpoint} is of the model {run['backbone']}, not {name}")
     if num_classes not in (None, run["num_classes"]):
         raise ValueError(f"{checkpoint} has {run['num_classes']} classes, not {num_classes}")
-    model = timm.create_model(
-        run["backbone"], num_classes=run["num_classes"], in_chans=run.get("in_chans", 3), **run.get("model_args") or {})
+    if "detector" in run or "head" in run:
+        model = _dense_model(run, checkpoint)
+    else:
+        model = timm.create_model(
+            run["backbone"], num_classes=run["num_classes"], in_chans=run.get("in_chans", 3),
+            **run.get("model_args") or {})
     with fitting(run["backbone"], checkpoint):
         model.load_state_dict(state_dict)
     return model
@@ -76,7 +83,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """Reads a checkpoint file.
 
     Returns:
-        The backbone's weights, and the hyper-parameters of the training run (None if it is not a run's checkpoint).
+        The weights (of a run: of the module that it trained), and the hyper-parameters of the run (None if it is not
+        a run's checkpoint).
 
     Raises:
         ValueError: The file is damaged, holds no weights, or pickles anything but tensors and plain containers.
@@ -96,14 +104,28 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise ValueError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not weights")
-    if "hyper_parameters" in content and "backbone" in content["hyper_parameters"]:
+    run = content.get("hyper_parameters")
+    if isinstance(run, dict) and {"backbone", "num_classes"} <= run.keys():
         prefix = "model."
         weights = {key[len(prefix):]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
-        return weights, content["hyper_parameters"]
+        return weights, run
     for wrapper in ("state_dict_ema", "state_dict", "model"):  # the averaged weights go first, as in timm
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     return content, None
+
+
+def _dense_model(run: dict[str, Any], path: str | Path) -> nn.Module:
+    """The detector or segmenter of a run's hyper-parameters, with fresh weights."""
+    from .tasks import DetectionTask, SegmentationTask  # here, because they import this module
+
+    args = {key: value for key, value in run.items() if not key.startswith("_")}  # what LightningCLI adds begins so
+    args |= {"pretrained": False, "checkpoint_path": None}
+    try:
+        task = DetectionTask(**args) if "detector" in run else SegmentationTask(**args)
+    except TypeError as error:
+        raise ValueError(f"{path} is not of this version of visionattn: {error}") from None
+    return task.model
 
 
 def _from_state_dict(name: str, path: str | Path, classes: dict[str, Any]) -> nn.Module:

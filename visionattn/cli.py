@@ -17,15 +17,15 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
-    "fit": _Command("visionattn.tasks.run", "train a model: --config FILE [--KEY VALUE ...]", named=True),
+    "fit": _Command("visionattn.tasks.run", "train a model and test it: --config FILE [--KEY VALUE ...]", named=True),
     "validate": _Command("visionattn.tasks.run", "measure a model on the validation images", named=True),
     "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),
-    "predict": _Command("visionattn.tasks.run", "classify images: predictions.csv", named=True),
+    "predict": _Command("visionattn.tasks.run", "run a model over images: predictions, pictures", named=True),
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
     "bench": _Command("visionattn.bench", "time the ops beside their peers; simulate what windows cost", named=True),
     "backends": _Command("visionattn.bench", "show which implementation of each op runs here, and why not", named=True),
     "list": _Command("visionattn.listing", "show the models: size, cost, accuracy and where their weights are"),
-    "demo": _Command("visionattn.demo", "train, test, export and look at a small BiFormer on digits"),
+    "demo": _Command("visionattn.demo", "train, test and look at a small net: classification, detection, segmentation"),
 }
 
 

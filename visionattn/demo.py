@@ -1,14 +1,25 @@
-"""``visionattn demo``: the whole way in a few minutes - train, test, export and look at a small BiFormer on digits.
+"""``visionattn demo [TASK] [OPTIONS]``: the whole way in a few minutes, with a small net on scanned digits.
 
-It runs the commands that a user would type, and says so, with everything under ``runs/demo``. Options are handed to
-``fit``, for instance ``visionattn demo --trainer.max_epochs 5``.
+TASK is one of
+
+  classification   train and test a BiFormer, export it and look where it looks (this is done if no TASK is given)
+  detection        train and test FCOS over a BiFormer on scenes composed of digits, and draw what it finds
+  segmentation     train and test UPerNet over a DiNAT on such scenes, and draw their label maps
+
+It runs the commands that a user would type, and says so, with everything under runs/demo or runs/demo-TASK. OPTIONS
+are handed to fit, for instance: visionattn demo detection --trainer.max_epochs 5
 """
+import argparse
 import json
 import shlex
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.utils import make_grid
 
 from . import cli
 from .checkpoint import create_model
@@ -18,32 +29,53 @@ from .visualize import draw_routes
 
 __all__ = ["main"]
 
-CONFIG = Path(__file__).parent / "configs" / "classification" / "digits_biformer.yaml"
-_DIGITS = 8  # in the picture
+_CONFIGS = Path(__file__).parent / "configs"
+_DIGITS = 8  # in the picture of the routes
+_SCENES, _ACROSS, _ENLARGED = 12, 4, 3  # pictures on a sheet and in a row of it, and how often a pixel is repeated
+
+
+class _Demo(NamedTuple):
+    config: str
+    run: str
+    shorter: list[str]  # options that make a demo of the recipe
+    figures: dict[str, str]  # what to say of the test metrics
+
+
+_DEMOS = {
+    "classification": _Demo(
+        "classification/digits_biformer.yaml", "runs/demo", [],
+        {"accuracy": "accuracy on {} digits never trained on"}),
+    "detection": _Demo(
+        "detection/digits_biformer_fcos.yaml", "runs/demo-detection", ["--trainer.max_epochs", "10"],
+        {"box_map_50": "box AP50 on {} scenes of digits never trained on", "box_map": "box AP (IoU 0.5 to 0.95)"}),
+    "segmentation": _Demo(
+        "segmentation/digits_dinat_upernet.yaml", "runs/demo-segmentation", ["--trainer.max_epochs", "5"],
+        {"miou": "mean IoU on {} scenes of digits never trained on", "accuracy": "pixels with the right class"}),
+}
 
 
 def main(argv: list[str]) -> int:
-    """Runs the demo; ``argv`` are options for ``fit``."""
+    """Runs a demo; ``argv`` are its task and options for ``fit``."""
     if argv in (["-h"], ["--help"]):
         print(__doc__.strip())
         return 0
-    run = _fresh_folder(Path("runs/demo"))
-    checkpoint = run / "checkpoints" / "best.ckpt"
+    task, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("classification", argv)
+    if task not in _DEMOS:
+        raise argparse.ArgumentError(None, f"there is no demo of {task!r}; there are {', '.join(_DEMOS)}")
+    demo = _DEMOS[task]
+    run = _fresh_folder(Path(demo.run))
     start = time.monotonic()
-    commands = [
-        ["fit", "--config", str(CONFIG), "--trainer.default_root_dir", str(run), *argv],
-        ["test", "--config", str(run / "config.yaml"), "--ckpt_path", "best"],
-        ["export", "--checkpoint", str(checkpoint), "--out", str(run / "model.onnx")],
-    ]
-    for command in commands:
-        if command[0] == "export":
-            command += ["--img-size", str(_digits(run).image_size)]
-        print(f"\n$ visionattn {shlex.join(command)}", flush=True)
-        if code := cli.main(command):
-            return code
-    _draw(run, checkpoint)
-    _summarise(run, checkpoint, time.monotonic() - start)
-    return 0
+    # On one device: the processes of further ones would be demos of their own.
+    code = _visionattn("fit", "--config", _CONFIGS / demo.config, "--trainer.default_root_dir", run,
+                       "--trainer.devices", 1, *demo.shorter, *options)
+    results = {}
+    if not code and task == "classification":
+        code, results = _export_and_draw(run)
+    elif not code:
+        code, results = _predict_and_draw(run, task)
+    if not code:
+        _summarise(demo, run, results, time.monotonic() - start)
+    return code
 
 
 def _fresh_folder(folder: Path) -> Path:
@@ -57,15 +89,22 @@ def _fresh_folder(folder: Path) -> Path:
     return folder
 
 
-def _digits(run: Path) -> DigitsData:
-    """The data module that the run was trained with."""
+def _visionattn(*arguments: object) -> int:
+    """Shows a command and runs it."""
+    command = [str(argument) for argument in arguments]
+    print(f"\n$ visionattn {shlex.join(command)}", flush=True)
+    return cli.main(command)
+
+
+def _export_and_draw(run: Path) -> tuple[int, dict[str, Path]]:
+    """The ONNX file and the picture of the routes: the exit code, and where they are."""
     import yaml
 
-    return DigitsData(**yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"])
-
-
-def _draw(run: Path, checkpoint: Path) -> None:
-    data = _digits(run)
+    data = DigitsData(**yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"])
+    checkpoint, exported, picture = run / "checkpoints" / "best.ckpt", run / "model.onnx", run / "routes.png"
+    code = _visionattn("export", "--checkpoint", checkpoint, "--out", exported, "--img-size", data.image_size)
+    if code:
+        return code, {}
     data.setup("test")
     model = create_model(None, checkpoint).eval()
     images, labels = next(iter(data.test_dataloader()))
@@ -74,19 +113,35 @@ def _draw(run: Path, checkpoint: Path) -> None:
         chance, predicted = model(images).softmax(dim=1).max(dim=1)
     titles = [f"{data.class_names[guess]} ({share:.0%}), is {data.class_names[truth]}"
               for guess, share, truth in zip(predicted.tolist(), chance.tolist(), labels.tolist(), strict=True)]
-    draw_routes(model, images, run / "routes.png", titles, layer=0, mean=MEAN, std=STD)
+    draw_routes(model, images, picture, titles, layer=0, mean=MEAN, std=STD)
+    return 0, {"ONNX model, checked against PyTorch": exported, "where the model looks": picture}
 
 
-def _summarise(run: Path, checkpoint: Path, seconds: float) -> None:
+def _predict_and_draw(run: Path, task: str) -> tuple[int, dict[str, Path]]:
+    """Predictions of a few test scenes and their pictures on one sheet: the exit code, and where they are."""
+    code = _visionattn("predict", "--config", run / "config.yaml", "--ckpt_path", "best",
+                       "--trainer.limit_predict_batches", 2)
+    if code:
+        return code, {}
+    pictures = []
+    for file in sorted((run / "pictures").glob("*.png"))[:_SCENES]:
+        with Image.open(file) as picture:
+            pictures.append(pil_to_tensor(picture))
+    enlarged = torch.stack(pictures).repeat_interleave(_ENLARGED, 2).repeat_interleave(_ENLARGED, 3)
+    sheet = make_grid(enlarged, nrow=_ACROSS, padding=8, pad_value=255)
+    Image.fromarray(sheet.movedim(0, -1).numpy()).save(run / "sheet.png")
+    if task == "detection":
+        predictions = {"detections, as COCO has results": run / "predictions.json"}
+    else:
+        predictions = {"label maps": run / "predictions"}
+    return 0, predictions | {"pictures of them": run / "pictures", "some on one sheet": run / "sheet.png"}
+
+
+def _summarise(demo: _Demo, run: Path, results: dict[str, Path], seconds: float) -> None:
     metrics = json.loads((run / "test_metrics.json").read_text())
-    rows = {
-        "trained, tested, exported in": f"{seconds / 60:.1f} minutes",
-        f"accuracy on {metrics['num_images']} digits never trained on": f"{metrics['accuracy']:.1%}",
-        "trained weights": checkpoint,
-        "test metrics": run / "test_metrics.json",
-        "ONNX model, checked against PyTorch": run / "model.onnx",
-        "where the model looks": run / "routes.png",
-    }
+    rows = {"everything took": f"{seconds / 60:.1f} minutes"}
+    rows |= {text.format(metrics["num_images"]): f"{metrics[key]:.1%}" for key, text in demo.figures.items()}
+    rows |= {"trained weights": run / "checkpoints" / "best.ckpt", "test metrics": run / "test_metrics.json", **results}
     print()
     for name, value in rows.items():
-        print(f"{name:<48}{value}")
+        print(f"{name:<52}{value}")

@@ -1,36 +1,53 @@
 """``visionattn export``: a model as an ONNX file of standard operators, checked with onnxruntime before it is kept.
 
-The file takes ``images [batch, channels, height, width]`` (normalised as in training) and gives ``logits``. The batch
-size is free; with ``--dynamic-size`` height and width are too, in multiples of 32.
+A classifier's file takes ``images [batch, channels, height, width]``, normalised as in training, and gives ``logits
+[batch, classes]``. A segmenter's takes ``images [batch, 3, height, width]`` in [0, 1] and gives ``logits [batch,
+classes, height, width]``. The batch size is free; with ``--dynamic-size`` height and width are too, in multiples of 32.
+
+A detector's file takes one ``image [3, height, width]`` in [0, 1], of one size, and gives ``boxes [N, 4]`` (x1, y1,
+x2, y2 in pixels of the image), ``labels [N]`` from 1 on, ``scores [N]``, and of Mask R-CNN ``masks [N, 1, height,
+width]``.
 """
 import argparse
 import copy
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from .checkpoint import create_model
+from .heads import Segmenter
+from .heads.detector import DETECTORS
 
 __all__ = ["ExportReport", "export_onnx"]
 
 OPSET = 20
 MULTIPLE, MOST = 32, 4096  # of free image sizes: multiples of the one, up to the other
-TOLERANCE = 1e-4  # largest difference from eager, as a share of the largest logit
-_IMAGES = 3  # images per check batch beyond the first; batches of 1 and of 1 + _IMAGES are run
+TOLERANCE = 1e-4  # largest difference from eager, as a share of the answers' scale
+_IMAGES = 3  # of a detector's check; of the others' checks images beyond the first, in a second batch
+
+_Answers = tuple[Tensor, ...]
 
 
 class ExportReport(NamedTuple):
     """What an export produced and how its answers compare with eager PyTorch."""
 
     path: Path
-    difference: float  # largest absolute difference, in units of the logits' largest absolute value
+    difference: float  # largest absolute difference, as a share of the answers' scale (see export_onnx)
     nodes: int
     megabytes: float
     opset: int
     ties: int  # random images redrawn because eager itself was undecided on them
+    detections: int | None  # that were compared, of a detector
 
 
 def export_onnx(
@@ -40,21 +57,28 @@ def export_onnx(
         dynamic_size: bool = False,
         fuse: bool = False,
 ) -> ExportReport:
-    """Writes ``model`` to the ONNX file ``out`` and checks it with onnxruntime on random images at two batch sizes.
+    """Writes ``model`` to the ONNX file ``out`` and checks it with onnxruntime on random images.
+
+    The file may differ from eager PyTorch by 1e-4 of the answers' scale: of the largest logit; of the image's longer
+    side for boxes, of 1 for scores and masks. The objects that are detected and their labels must be the same.
 
     Args:
-        model: A classifier from timm; it is copied, put in eval mode and exported in float32 from the CPU.
+        model: A classifier from timm, a :class:`visionattn.heads.Segmenter`, or a detector as
+            :func:`visionattn.heads.build_detector` makes it. It is copied, put in eval mode and exported in float32
+            from the CPU.
         out: The file to write. It is removed again if the check fails.
-        image_size: Height and width of the images; None takes the model's own.
-        dynamic_size: Leave height and width free as well, in multiples of 32; then two more sizes are checked.
+        image_size: Height and width of the images; None takes those of the classifier's or the segmenter's backbone,
+            and of a detector the square that it does not resize. (Its file resizes other images as it does itself.)
+        dynamic_size: Leave height and width free as well, in multiples of 32; then two more sizes are checked. Not for
+            detectors.
         fuse: Fold batch norms and the like into the layers beside them first, where the model's layers can do that
             (``timm.utils.reparameterize_model``).
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
-        ValueError: ``dynamic_size`` with an ``image_size`` that is no multiple of 32.
+        ValueError: ``dynamic_size`` with a detector or with an ``image_size`` that is no multiple of 32.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
-            onnxruntime's answers differ from eager's by more than 1e-4 of the logits' scale.
+            onnxruntime's answers differ from eager's.
     """
     try:
         import onnx
@@ -67,40 +91,28 @@ def export_onnx(
     model = copy.deepcopy(model).cpu().float().eval()
     if fuse:
         model = reparameterize_model(model, inplace=True)
-    config: Any = model.pretrained_cfg
-    channels, *default_size = config["input_size"]
-    size = tuple(image_size or default_size)
-    free: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if dynamic_size:
-        if any(side % MULTIPLE for side in size):
-            raise ValueError(f"free sizes are multiples of {MULTIPLE}; the example of {size[0]} x {size[1]} is not one")
-        # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
-        rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
-        free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
-    try:
-        program = torch.onnx.export(
-            model, (torch.randn(2, channels, *size),), dynamo=True, opset_version=OPSET, verbose=False,
-            dynamic_shapes=(free,), input_names=["images"], output_names=["logits"])
-    except Exception as error:
-        raise RuntimeError(f"PyTorch cannot export this model: {_first_line(error)}") from error
-    assert program is not None
-    proto = program.model_proto
-    for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+    detector = isinstance(model, tuple(DETECTORS.values()))
+    if detector and dynamic_size:
+        raise ValueError("the file of a detector has one image size: leave dynamic_size out")
+    proto, check = _detector(model, image_size) if detector else _logits(model, image_size, dynamic_size)
+    nodes = list(_nodes(proto.graph))
+    for item in (*nodes, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del item.metadata_props[:]  # holds stack traces with the paths of the machine that exported
-    domains = {node.domain for node in proto.graph.node} - {"", "ai.onnx"}
+        item.doc_string = ""  # the same
+    domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     if domains or proto.functions:
         raise RuntimeError(f"the export needs operators outside standard ONNX: {', '.join(sorted(domains))}")
     out.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(proto, str(out))
     onnx.checker.check_model(str(out))
-    sizes = [size, (size[0] + 32, size[1]), (size[0], size[1] + 64)] if dynamic_size else [size]
     try:
-        difference, ties = _compare(model, out, channels, sizes)
+        difference, ties, rows = _compare(check, out)
     except RuntimeError:
         out.unlink()
         raise
     opset = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
-    return ExportReport(out, difference, len(proto.graph.node), out.stat().st_size / 2 ** 20, opset, ties)
+    return ExportReport(
+        out, difference, len(nodes), out.stat().st_size / 2 ** 20, opset, ties, rows if detector else None)
 
 
 def main(argv: list[str]) -> None:
@@ -108,11 +120,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="visionattn export", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="model name as in timm.create_model; a run's own checkpoint knows it")
     parser.add_argument("--checkpoint", metavar="FILE",
-                        help="weights: a run's .ckpt, the authors' file, or a state dict (.pth, .safetensors)")
+                        help="weights: a run's .ckpt, of any task, the authors' file, or a state dict (.pth, "
+                             ".safetensors)")
     parser.add_argument("--pretrained", action="store_true", help="the authors' weights, downloaded")
     parser.add_argument("--num-classes", type=int, help="classes of the checkpoint or of a fresh head")
-    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="height and width, or one number for both")
-    parser.add_argument("--dynamic-size", action="store_true", help="leave height and width free, in multiples of 32")
+    parser.add_argument("--img-size", "--image-size", type=int, nargs="+", metavar="N",
+                        help="height and width, or one number for both; if not given, the backbone's own, and of a "
+                             "detector the side that it resizes images to")
+    parser.add_argument("--dynamic-size", action="store_true",
+                        help="leave height and width free, in multiples of 32 (not for detectors)")
     parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
     parser.add_argument("--out", default="model.onnx", metavar="FILE")
     args = parser.parse_args(argv)
@@ -129,54 +145,180 @@ def main(argv: list[str]) -> None:
 
 def print_report(report: ExportReport) -> None:
     """Prints what was exported, a line each."""
+    scale = "the logits' scale"
+    if report.detections is not None:
+        scale = f"the image's side (boxes) or 1 (scores, masks) in {report.detections} detections"
     print(f"file                {report.path} ({report.megabytes:.1f} MiB, {report.nodes} nodes, opset {report.opset})")
-    print(f"largest difference  {report.difference:.1e} of the logits' scale, onnxruntime against PyTorch"
+    print(f"largest difference  {report.difference:.1e} of {scale}, onnxruntime against PyTorch"
           f" (limit {TOLERANCE:.0e})")
+    if report.detections == 0:
+        print("not checked         boxes: neither finds any object in the random images of the check")
     if report.ties:
-        print(f"redrawn images      {report.ties}, on which PyTorch itself was undecided between two routes")
+        print(f"redrawn images      {report.ties}, on which PyTorch itself was undecided")
 
 
-def _compare(model: nn.Module, path: Path, channels: int, sizes: list[tuple[int, int]]) -> tuple[float, int]:
-    """Largest relative difference of onnxruntime from eager, and how many undecided images were redrawn."""
+class _Check(NamedTuple):
+    """How a model is run beside its file."""
+
+    answer: Callable[[Tensor], _Answers]  # eager PyTorch
+    difference: Callable[[_Answers, _Answers], Tensor]  # of each image, as a share of the scale
+    draw: Callable[..., Tensor]  # random images, with torch.randn's arguments
+    shapes: list[tuple[int, ...]]  # of the images of each run
+
+
+def _logits(model: nn.Module, image_size: tuple[int, int] | None, dynamic_size: bool) -> tuple[Any, _Check]:
+    """The graph of a model that takes batches of images to logits."""
+    segmenter = isinstance(model, Segmenter)
+    config: Any = (model.backbone.model if segmenter else model).pretrained_cfg
+    channels, *default_size = config["input_size"]
+    size = tuple(image_size or default_size)
+    free: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        if any(side % MULTIPLE for side in size):
+            raise ValueError(f"free sizes are multiples of {MULTIPLE}; the example of {size[0]} x {size[1]} is not one")
+        # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
+        rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
+        free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
+    with _explained():
+        program = torch.onnx.export(
+            model, (torch.randn(2, channels, *size),), dynamo=True, opset_version=OPSET, verbose=False,
+            dynamic_shapes=(free,), input_names=["images"], output_names=["logits"])
+    assert program is not None
+    sizes = [size, (size[0] + 32, size[1]), (size[0], size[1] + 64)] if dynamic_size else [size]
+    return program.model_proto, _Check(
+        answer=lambda images: (model(images),),
+        difference=_relative,
+        draw=torch.rand if segmenter else torch.randn,
+        shapes=[(batch, channels, *size) for size in sizes for batch in (1, 1 + _IMAGES)])
+
+
+def _detector(model: Any, image_size: tuple[int, int] | None) -> tuple[Any, _Check]:
+    """The graph of one of torchvision's detectors, with all that it does before and after the network.
+
+    torchvision wrote its detectors for PyTorch's older exporter, which traces; the newer one, torch.export, stops where
+    the number of objects decides. The backbone goes through the newer one first, so that it is written as in other
+    files, of operators with fixed sizes; the older one then traces those.
+    """
+    import onnx
+
+    size = image_size or (model.transform.min_size[-1],) * 2
+    image = torch.rand(3, *size)
+    names = ["boxes", "labels", "scores"] + ["masks"] * isinstance(model, DETECTORS["mask_rcnn"])
+    file = io.BytesIO()
+    with _explained(), torch.no_grad():
+        resized, _ = model.transform([image])
+        traced = copy.copy(model)
+        traced._modules = dict(model._modules)
+        traced.transform = copy.copy(model.transform)
+        traced.transform.fixed_size = resized.image_sizes[0][::-1]  # (its order is width, height)
+        traced.backbone = torch.export.export(model.backbone, (resized.tensors,)).module()
+        traced.backbone.validate_inputs = False
+        torch.onnx.export(
+            _OneImage(traced, names), (image,), file, dynamo=False, opset_version=OPSET, input_names=["image"],
+            output_names=names, dynamic_axes={name: {0: "objects"} for name in names})
+    return onnx.load_from_string(file.getvalue()), _Check(
+        answer=_OneImage(model, names),
+        difference=partial(_apart, side=max(size)),
+        draw=_blocks,
+        shapes=[(3, *size)] * _IMAGES)
+
+
+class _OneImage(nn.Module):
+    """A detector that takes one image and gives a tuple of tensors, as ONNX knows no lists or dicts."""
+
+    def __init__(self, detector: nn.Module, names: list[str]):
+        super().__init__()
+        self.detector, self.names = detector, names
+
+    def forward(self, image: Tensor) -> _Answers:
+        found, = self.detector([image])
+        return tuple(found[name] for name in self.names)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Within the context PyTorch exports: in silence, and failure is an error of one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer on each size that it takes as fixed
+            yield
+    except Exception as error:
+        raise RuntimeError(f"PyTorch cannot export this model: {_first_line(error)}") from error
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """The nodes of an ONNX graph and of the branches and loops in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+
+
+def _compare(check: _Check, path: Path) -> tuple[float, int, int]:
+    """Largest difference of onnxruntime from eager, how many undecided images were redrawn, and the rows of answers."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
     generator = torch.Generator().manual_seed(0)
-    worst, ties = 0.0, 0
-    for size in sizes:
-        for batch in (1, 1 + _IMAGES):
-            for _ in range(10):
-                images = torch.randn(batch, channels, *size, generator=generator)
-                with torch.inference_mode():
-                    expected = model(images)
-                actual = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-                difference = _relative(actual, expected)
-                if difference.max() <= TOLERANCE:
-                    break
-                # Routing is discrete: on a tie, rounding alone decides. Only images on which eager's own answer jumps
-                # under a perturbation of rounding size are excused, and other images must agree instead.
-                undecided = _undecided(model, images)
-                if (difference > TOLERANCE)[~undecided].any():
-                    break
-                ties += int(undecided.sum())
-            worst = max(worst, difference.max().item())
+    worst, ties, rows = 0.0, 0, 0
+    for shape in check.shapes:
+        for _ in range(10):
+            images = check.draw(*shape, generator=generator)
+            with torch.inference_mode():
+                expected = check.answer(images)
+            actual = tuple(map(torch.from_numpy, session.run(None, {name: images.numpy()})))
+            difference = check.difference(actual, expected)
+            if difference.max() <= TOLERANCE:
+                break
+            # Routing is discrete, and so is what a detector keeps: on a tie, rounding alone decides. Only images on
+            # which eager's own answer jumps under a perturbation of rounding size are excused, and other images must
+            # agree instead.
+            undecided = _undecided(check, images, expected)
+            if (difference > TOLERANCE)[~undecided].any():
+                break
+            ties += int(undecided.sum())
+        worst = max(worst, difference.max().item())
+        rows += len(expected[0])
+    if worst == math.inf:
+        raise RuntimeError("the exported file gives other objects than PyTorch, or no numbers; it was removed")
     if worst > TOLERANCE or worst != worst:
-        raise RuntimeError(f"the exported file differs from PyTorch by {worst:.1e} of the logits' scale (limit "
+        raise RuntimeError(f"the exported file differs from PyTorch by {worst:.1e} of its scale (limit "
                            f"{TOLERANCE:.0e}); it was removed")
-    return worst, ties
+    return worst, ties, rows
 
 
-def _relative(actual: Tensor, expected: Tensor) -> Tensor:
-    """Largest difference of each image's logits, in units of the batch's largest logit."""
-    return ((actual - expected).abs().amax(dim=1) / expected.abs().max()).nan_to_num(torch.inf)
-
-
-def _undecided(model: nn.Module, images: Tensor, tries: int = 8) -> Tensor:
-    """Whether each image's logits jump when the image changes by one part in a million."""
+def _undecided(check: _Check, images: Tensor, expected: _Answers, tries: int = 8) -> Tensor:
+    """Whether each image's answers jump when the image changes by one part in a million."""
     with torch.inference_mode():
-        expected = model(images)
-        jumps = [_relative(model(images * (1 + 1e-6 * torch.randn_like(images))), expected) for _ in range(tries)]
+        jumps = [check.difference(check.answer(images * (1 + 1e-6 * torch.randn_like(images))), expected)
+                 for _ in range(tries)]
     return torch.stack(jumps).amax(dim=0) > TOLERANCE
+
+
+def _relative(actual: _Answers, expected: _Answers) -> Tensor:
+    """Largest difference of each image's logits, in units of the batch's largest logit."""
+    difference = (actual[0] - expected[0]).abs().flatten(1).amax(dim=1)
+    return (difference / expected[0].abs().max()).nan_to_num(torch.inf)
+
+
+def _apart(actual: _Answers, expected: _Answers, side: int) -> Tensor:
+    """Largest difference of one image's detections: boxes in units of ``side``, scores and masks; infinite if they
+    are of other objects.
+    """
+    if not torch.equal(actual[1], expected[1]):  # labels
+        return torch.tensor([torch.inf])
+    units = (side, 1, 1, 1)
+    differences = [((a - b).abs().flatten() / unit) for a, b, unit in zip(actual, expected, units, strict=False)]
+    return torch.cat([torch.zeros(1), *differences]).amax(dim=0, keepdim=True).nan_to_num(torch.inf)
+
+
+def _blocks(*shape: int, generator: torch.Generator) -> Tensor:
+    """A random image ``[3, height, width]`` in [0, 1] of squares of all sizes, for detectors to find something in."""
+    channels, *size = shape
+    grids = [torch.rand(1, channels, side, side, generator=generator) for side in (2, 4, 8, 16, 32)]
+    return torch.stack([interpolate(grid, size)[0] for grid in grids]).mean(dim=0)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """``visionattn fit|validate|test|predict``: LightningCLI with run folders.
 
 A run folder is the trainer's ``default_root_dir``. ``fit`` fills it with ``config.yaml``, ``metrics.csv`` and
-``checkpoints/{best,last}.ckpt``; the other commands find the checkpoints there and add what they measured.
+``checkpoints/{best,last}.ckpt`` and ends with a test of the best checkpoint: ``test_metrics.json``. The other commands
+find the checkpoints there and add what they measured.
 """
 import argparse
 import csv
@@ -13,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.imports import RequirementCache
 
-from .. import data  # noqa: F401  (DigitsData and ImageFolderData may be named without their module)
+from .. import data  # noqa: F401  (the data modules may be named without their module)
 from ..checkpoint import read_checkpoint
+from ..data.loading import LoadedData
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 
 __all__ = ["main"]
@@ -90,6 +93,34 @@ class _RunCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self._ckpt_path:
             _check_checkpoint(self._ckpt_path, self.model)
+
+    def before_fit(self) -> None:
+        if self._ends_with_test() and isinstance(self.datamodule, LoadedData):
+            self.datamodule.setup("test")  # what is wrong with the test data is said now, not after the training
+
+    def after_fit(self) -> None:
+        """Tests what ``visionattn test`` would test: the best checkpoint, or the last where there is no best one."""
+        if not self._ends_with_test():
+            return
+        trainer = self.trainer
+        savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        kept = [Path(trainer.default_root_dir, "checkpoints", f"{name}.ckpt") for name in ("best", "last")]
+        path = next((path for path in [*kept, *(Path(saver.best_model_path) for saver in savers)] if path.is_file()),
+                    None)
+        if path is None:
+            rank_zero_info("No checkpoint was kept: there is nothing to test")
+            return
+        # metrics.csv stays that of the training; an average of the weights, when a checkpoint is loaded, would put the
+        # raw weights in place of the average that the checkpoint holds.
+        trainer.loggers = []
+        trainer.callbacks = [callback for callback in trainer.callbacks
+                             if not isinstance(callback, (ModelCheckpoint, WeightAveraging))]
+        trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(path))
+
+    def _ends_with_test(self) -> bool:
+        trainer = self.trainer
+        return bool(not trainer.fast_dev_run and trainer.limit_test_batches and is_overridden("test_step", self.model)
+                    and is_overridden("test_dataloader", self.datamodule or self.model))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self._ckpt_path}

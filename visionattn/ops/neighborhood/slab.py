@@ -29,7 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 __all__ = ["release_memory", "slab_attention"]
 
 _CHUNK_BYTES = 4 << 20  # scores of one chunk, unless all are not twice as many (measured)
-_DENSE_TOKENS = 18 * 18  # classes up to this size are one tile, done by PyTorch's dense attention (measured)
+_DENSE_TOKENS = 14 * 14  # classes up to this size are one tile, done by PyTorch's dense attention (measured)
 _WORKSPACE_BYTES = 64 << 20  # a thread keeps no larger workspace
 _TABLE_BYTES = 128 << 20  # tables of biases that are kept
 _MASKED = -1e30  # finite: a row of padding has no valid key and must not become NaN
@@ -239,7 +239,7 @@ def _dense_backward(
             *tensors, lse, 0.0, False, attn_mask=_dense_mask(table), scale=scale)
     batch, heads, tokens, _ = q.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (q, k, v))
-    dtable = torch.zeros_like(table)
+    dtable = torch.empty_like(table)
     size = heads * tokens * tokens
     step = min(max(_CHUNK_BYTES // (size * q.element_size()), 1), batch)
     memory = _memory.take(2 * step * size, q.dtype)
@@ -251,7 +251,11 @@ def _dense_backward(
         torch.softmax(scores, dim=-1, out=scores)
         torch.bmm(p.mT, dout, out=dv[images].view_as(values))
         torch._softmax_backward_data(torch.bmm(dout, values.mT, out=ds), p, -1, p.dtype, grad_input=ds)
-        dtable[:, 0, 0] += ds.view(-1, heads, tokens, tokens).sum(0)
+        dscores = ds.view(-1, heads, tokens, tokens)
+        if images.start == 0:
+            torch.sum(dscores, 0, out=dtable[:, 0, 0])
+        else:
+            dtable[:, 0, 0] += dscores.sum(0)
         torch.bmm(ds.mT, queries, out=dk[images].view_as(keys))
         torch.bmm(ds, keys, out=dq[images].view_as(queries)).mul_(scale)
     return dq, dk, dv, dtable
