@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     ops.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     ops.add_argument("--compiled", action="store_true", help="also compiled FlexAttention (a minute of compiling each)")
     ops.add_argument("--threads", type=int, default=torch.get_num_threads())
-    ops.add_argument("--repeat", type=int, default=15, help="timed runs of every backend")
+    ops.add_argument("--repeat", type=int, default=15, help="turns of every backend")
     ops.add_argument("--out", type=Path, help="CSV file (default: results/ops_DEVICE.csv)")
     ops.add_argument("--plot", action="store_true", help="draw time and memory of the scaling cases beside the CSV")
 
@@ -257,6 +257,7 @@ _UNCHECKED = "computes something else, not checked"
 _SCORES_LIMIT = 2**29  # peers that hold scores of all tokens x tokens are left out above this many
 _GATHER_LIMIT = 2**31  # bytes of gathered keys and values above which naive runs head by head
 _SECONDS = 5.0  # a backend is not timed again once its runs took this long
+_BLOCK_SECONDS = 0.02  # a run that is shorter is repeated for so long and the mean taken
 
 
 def benchmark(
@@ -272,10 +273,10 @@ def benchmark(
     """Times the ops and their peers, each after its result was checked; the figures need a machine that is idle.
 
     Every backend's output and gradients are first compared with the naive form; one that is wrong or cannot do the case
-    is not timed, and the table says why. The timed runs are interleaved, one of every backend in each round, so that a
-    slow phase of the machine meets all. Each follows an untimed run of the same backend in the same round: peers that
-    allocate hundreds of MiB would otherwise leave the next one cold caches and page faults, which costs a run of 2 ms
-    more than itself. The figure is the median.
+    is not timed, and the table says why. The backends take turns, so that a slow phase of the machine meets all. A turn
+    is an untimed run and then 20 ms of runs, at least one, of which the mean counts: peers that allocate hundreds of
+    MiB would otherwise leave the next one cold caches and page faults, which cost a run of 1 ms more than itself. The
+    figure is the median over the turns.
 
     Peak memory is that of tensors allocated during one run, inputs excluded. ``bytes_ms`` is the time that moving the
     least bytes takes (q, k, v and output once, in the backward pass eight tensors more) at the bandwidth that this
@@ -295,7 +296,7 @@ def benchmark(
         backward: Whether to time forward and backward, or forward only.
         dtype: Of q, k and v; the bias table is float32.
         device: ``"cpu"`` or ``"cuda"``.
-        repeat: Timed runs of every backend, fewer if they take more than 5 s.
+        repeat: Turns of every backend, fewer if they take more than 5 s.
         compiled: Whether to time compiled FlexAttention.
         machine: Measured rates for the bounds; None leaves the bounds empty.
 
@@ -330,13 +331,16 @@ def benchmark(
     timed = [name for name, note in notes.items() if note in ("", "head by head", _UNCHECKED)]
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _, name in itertools.product(range(repeat), timed):
-        if sum(seconds[name]) < _SECONDS:
+        if sum(max(x, _BLOCK_SECONDS) for x in seconds[name]) < _SECONDS:
             compute(name)
             _synchronize(device)
-            start = time.perf_counter()
-            compute(name)
-            _synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            start, runs_of_block, elapsed = time.perf_counter(), 0, 0.0
+            while elapsed < _BLOCK_SECONDS:
+                compute(name)
+                _synchronize(device)
+                runs_of_block += 1
+                elapsed = time.perf_counter() - start
+            seconds[name].append(elapsed / runs_of_block)
     median = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     ours = median.get("triton" if device == "cuda" else _OURS[op], math.nan)
     size = inputs["q"].numel() * inputs["q"].element_size()
