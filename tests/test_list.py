@@ -55,7 +55,7 @@ def test_entry(name):
     assert (entry.top1 is None) == (name not in PUBLISHED)
     if name in PUBLISHED:
         # The authors round to 0.1, or to three digits below one, and some count norms and activations too.
-        assert entry.gmacs == pytest.approx(PUBLISHED[name].gmacs, rel=0.025, abs=0.05 if entry.gmacs > 1 else 0)
+        assert entry.gmacs == pytest.approx(PUBLISHED[name].gmacs, rel=0.02, abs=0.05 if entry.gmacs > 1 else 0)
 
 
 def test_all_of_ours(listed):

@@ -1,4 +1,7 @@
-"""FLOPs as PyTorch counts them: of every backbone against the authors' tables, of every op against its definition."""
+"""FLOPs as PyTorch counts them: of BiFormer to four digits, of every op against its definition.
+
+The published figures of all backbones are checked where the list of models is.
+"""
 import importlib
 import math
 
@@ -12,17 +15,7 @@ from visionattn.layers import BiLevelRoutingAttention
 from visionattn.ops import neighborhood_attention, routed_attention
 from visionattn.ops.neighborhood import naive
 
-# What the authors call FLOPs, 10^9: multiplications with additions counted as one, at the model's own image size.
-PUBLISHED = {
-    "nat_mini": 2.7, "nat_tiny": 4.3, "nat_small": 7.8, "nat_base": 13.7,
-    "dinat_mini": 2.7, "dinat_tiny": 4.3, "dinat_small": 7.8, "dinat_base": 13.7,
-    "dinat_large": 30.6, "dinat_large_384": 89.7, "dinat_large_384_11x11": 92.4,
-    "dinat_s_tiny": 4.5, "dinat_s_small": 8.7, "dinat_s_base": 15.4, "dinat_s_large": 34.5, "dinat_s_large_384": 101.5,
-    "nat_iso_small": 4.3, "dinat_iso_small": 4.3, "vitrpb_small": 4.6,
-    "nat_iso_base": 16.9, "dinat_iso_base": 16.9, "vitrpb_base": 17.5,
-    "biformer_tiny": 2.2, "biformer_small": 4.5, "biformer_base": 9.8, "biformer_stl": 4.6, "biformer_stl_nchw": 4.6,
-}
-# The same with more digits, counted by the authors' tool (fvcore) on their code.
+# More digits of some of the published figures, counted by the authors' tool (fvcore) on their code.
 COUNTED = {"biformer_tiny": 2.228, "biformer_small": 4.487, "biformer_base": 9.795, "biformer_stl": 4.590,
            "biformer_stl_nchw": 4.593}
 
@@ -38,11 +31,6 @@ def count_model(name, device, **options):
         model = timm.create_model(name, **options).eval()
         images = torch.zeros(1, *model.pretrained_cfg["input_size"])
         return count(lambda: model(images))[0]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_flops(name):
-    assert count_model(name, "meta") / 2e9 == pytest.approx(PUBLISHED[name], rel=0.02)
 
 
 @pytest.mark.parametrize("name", COUNTED)
