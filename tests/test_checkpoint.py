@@ -8,8 +8,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torchvision.models.detection import FCOS, MaskRCNN
 
 from visionattn.checkpoint import create_model, read_checkpoint
+from visionattn.heads import Segmenter
+from visionattn.tasks import ClassificationTask, DetectionTask, SegmentationTask
 
 
 @pytest.fixture
@@ -45,6 +49,48 @@ def test_run_checkpoint_knows_its_model(model, tmp_path):
         create_model("test_biformer", path)
     with pytest.raises(ValueError, match="has 5 classes, not 7"):
         create_model(None, path, num_classes=7)
+
+
+TASKS = {
+    "classification": lambda: ClassificationTask("test_vit", num_classes=5, in_chans=1, drop_path_rate=0.1),
+    "segmentation": lambda: SegmentationTask("test_biformer", num_classes=5, head_channels=32, out_indices=[1, 2, 3]),
+    "fcos": lambda: DetectionTask("test_dinat", num_classes=5, detector="fcos", fpn_channels=64, strides=[8, 16]),
+    "mask_rcnn": lambda: DetectionTask("resnet10t", num_classes=5, fpn_channels=64, anchor_scale=4, min_size=[64, 96]),
+}
+
+
+@pytest.mark.parametrize(("kind", "module"), [
+    ("classification", VisionTransformer), ("segmentation", Segmenter), ("fcos", FCOS), ("mask_rcnn", MaskRCNN)])
+def test_a_run_of_any_task_is_rebuilt(kind, module, tmp_path, monkeypatch):
+    """From nothing but its checkpoint, though it began with another file's weights."""
+    torch.manual_seed(0)
+    task, path = TASKS[kind]().eval(), tmp_path / "best.ckpt"
+    checkpoint = {"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}
+    checkpoint["hyper_parameters"] |= {"_class_path": "of.the.command.line", "pretrained": True}
+    torch.save(checkpoint, path)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", pytest.fail)
+    model = create_model(None, path).eval()
+    assert type(model) is module
+    _same(model, task.model)
+    image = torch.rand(1 if kind == "classification" else 3, 160, 160)
+    images = [image] if isinstance(task, DetectionTask) else image[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), task(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), [
+    ("fcos", {"detector": "yolo"}, "detector must be one of fcos"),
+    ("fcos", {"detector": "retinanet"}, "best.ckpt: checkpoint .* is not of the model test_dinat|best.ckpt is not of"),
+    ("fcos", {"backbone": "test_dina"}, "there is no model 'test_dina'; similar names"),
+    ("segmentation", {"colour": "red"}, "best.ckpt is not of this version of visionattn: .*unexpected.*'colour'"),
+    ("segmentation", {"num_classes": 7}, "best.ckpt"),
+])
+def test_a_run_that_cannot_be_rebuilt(kind, change, message, tmp_path):
+    task, path = TASKS[kind](), tmp_path / "best.ckpt"
+    torch.save({"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams) | change}, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        create_model(None, path)
+    assert "\n" not in str(caught.value)
 
 
 class _Code:

@@ -1,4 +1,5 @@
 """Export: the file agrees with eager, uses standard operators, and a wrong file is not handed out."""
+import lightning.pytorch as pl
 import onnx
 import pytest
 import timm
@@ -6,9 +7,11 @@ import torch
 from torch import nn
 
 from visionattn import export
+from visionattn.tasks import DetectionTask, SegmentationTask
 
 
-@pytest.mark.parametrize("name", ["test_biformer", "test_dinat", "test_efficientvit_cga", "test_vit"])
+@pytest.mark.parametrize("name", [
+    "test_biformer", "test_dinat", "test_efficientvit_cga", "test_agent_swin", "test_vit"])
 def test_exported_file_agrees_with_eager(name, tmp_path):
     torch.manual_seed(0)
     report = export.export_onnx(timm.create_model(name, num_classes=7), tmp_path / "sub" / "model.onnx")
@@ -92,3 +95,138 @@ def test_command_line(tmp_path, capsys):
     assert "largest difference" in printed
     with pytest.raises(SystemExit):
         export.main(["--out", str(tmp_path / "m.onnx")])
+
+
+# Runs of the dense tasks
+
+
+def save(task, path):
+    """The checkpoint of a run, as Lightning writes it."""
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                         enable_model_summary=False, default_root_dir=path.parent)
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(path)
+    return path
+
+
+def detection_task(detector, **kwargs):
+    """A task whose detector, though untrained, is sure of some objects and not of others."""
+    defaults = dict(backbone="resnet10t", num_classes=4, detector=detector, fpn_channels=64, min_size=64, max_size=96)
+    if detector.endswith("rcnn"):
+        defaults["detector_args"] = dict(rpn_post_nms_top_n_test=20)
+    task = DetectionTask(**defaults | kwargs).eval()
+    last = ("cls_logits.weight", "bbox_reg.weight", "cls_score.weight", "bbox_pred.weight")
+    with torch.no_grad():
+        for name, parameter in task.model.named_parameters():
+            if name.endswith(last) and not name.startswith("rpn."):
+                parameter.mul_(30)
+    return task
+
+
+def run(path, images):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    name, = (x.name for x in session.get_inputs())
+    names = [x.name for x in session.get_outputs()]
+    return dict(zip(names, map(torch.from_numpy, session.run(None, {name: images.numpy()})), strict=True))
+
+
+def pictures(*shape):
+    """Images in [0, 1] with bright rectangles on a dark ground."""
+    generator = torch.Generator().manual_seed(1)
+    images = 0.2 * torch.rand(*shape, generator=generator)
+    for i in range(8):
+        y, x = (int(torch.randint(0, side - 8, (), generator=generator)) for side in shape[-2:])
+        images[..., y:y + 8 + 4 * i, x:x + 40 - 4 * i] = torch.rand(shape[-3], 1, 1, generator=generator)
+    return images
+
+
+@pytest.mark.parametrize(("backbone", "options", "head"), [
+    ("test_biformer", {"depths": [1] * 4}, "semantic_fpn"), ("resnet10t", {}, "upernet")])
+def test_segmentation_run(backbone, options, head, tmp_path, capsys):
+    torch.manual_seed(0)
+    task = SegmentationTask(backbone, num_classes=5, model_args=options, head=head, head_channels=32).eval()
+    checkpoint, out = save(task, tmp_path / "best.ckpt"), tmp_path / "model.onnx"
+    export.main(["--checkpoint", str(checkpoint), "--image-size", "64", "96", "--out", str(out)])
+    assert "of the logits' scale" in capsys.readouterr().out
+    images = pictures(3, 3, 64, 96)
+    with torch.inference_mode():
+        expected = task(images)
+    logits, = run(out, images).values()
+    assert logits.shape == (3, 5, 64, 96)
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("detector", "size", "backbone", "options"), [
+    ("fcos", (64, 96), "test_dinat", {"dilations": [[2]] * 4}), ("mask_rcnn", (80, 60), "test_biformer", {})])
+def test_detection_run(detector, size, backbone, options, tmp_path, capsys):
+    torch.manual_seed(0)
+    task = detection_task(detector, backbone=backbone, model_args={"depths": [1] * 4} | options, strides=[8, 16])
+    checkpoint, out = save(task, tmp_path / "best.ckpt"), tmp_path / "model.onnx"
+    export.main(["--checkpoint", str(checkpoint), "--image-size", *map(str, size), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "detections" in printed
+    assert "not checked" not in printed
+    assert {node.domain for node in onnx.load(out).graph.node} <= {"", "ai.onnx"}
+    image = pictures(3, *size)
+    with torch.inference_mode():
+        expected, = task([image])
+    found = run(out, image)
+    assert found.keys() == expected.keys()
+    assert len(expected["labels"]) >= 3
+    assert torch.equal(found["labels"], expected["labels"])
+    torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-4 * max(size))
+    torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-4)
+    if detector == "mask_rcnn":
+        assert found["masks"].shape[1:] == (1, *size)
+        torch.testing.assert_close(found["masks"], expected["masks"], rtol=0, atol=1e-3)
+
+
+class _Skewed(nn.Module):
+    """A network whose eager maps are not what its graph computes."""
+
+    def __init__(self, network, error):
+        super().__init__()
+        self.network, self.out_channels, self.error = network, network.out_channels, error
+
+    def forward(self, images):
+        maps = self.network(images)
+        return maps if torch.compiler.is_exporting() else {key: x * (1 + self.error) for key, x in maps.items()}
+
+
+@pytest.mark.parametrize("error", [2e-3, 1.0])
+def test_a_detector_that_differs_is_refused(error, tmp_path):
+    torch.manual_seed(0)
+    model = detection_task("faster_rcnn", strides=[16, 32]).model
+    model.backbone = _Skewed(model.backbone, error)
+    with pytest.raises(RuntimeError, match=r"(differs from PyTorch by|gives other objects).*it was removed"):
+        export.export_onnx(model, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_models_of_one_size(tmp_path):
+    for task in (detection_task("fcos"), SegmentationTask("resnet10t", num_classes=3, head_channels=16)):
+        with pytest.raises(ValueError, match="one image size: leave dynamic_size out"):
+            export.export_onnx(task.model, tmp_path / "model.onnx", dynamic_size=True)
+
+
+def test_segmenter_of_any_size(tmp_path):
+    torch.manual_seed(0)
+    task = SegmentationTask("resnet10t", num_classes=3, head="semantic_fpn", head_channels=16).eval()
+    report = export.export_onnx(task.model, tmp_path / "model.onnx", (64, 96), dynamic_size=True)
+    images = pictures(2, 3, 160, 64)
+    with torch.inference_mode():
+        expected = task(images)
+    logits, = run(report.path, images).values()
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_detector_that_finds_nothing(tmp_path, capsys):
+    """It is exported, and the report says that no box was compared."""
+    torch.manual_seed(0)
+    model = detection_task("retinanet", strides=[16, 32]).model
+    report = export.export_onnx(model, tmp_path / "model.onnx")
+    assert report.detections == 0
+    export.print_report(report)
+    assert "not checked" in capsys.readouterr().out

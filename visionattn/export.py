@@ -2,7 +2,8 @@
 
 A classifier's file takes ``images [batch, channels, height, width]``, normalised as in training, and gives ``logits
 [batch, classes]``. A segmenter's takes ``images [batch, 3, height, width]`` in [0, 1] and gives ``logits [batch,
-classes, height, width]``. The batch size is free; with ``--dynamic-size`` height and width are too, in multiples of 32.
+classes, height, width]``. The batch size is free; with ``--dynamic-size`` height and width are too, in multiples of 32,
+except UPerNet's.
 
 A detector's file takes one ``image [3, height, width]`` in [0, 1], of one size, and gives ``boxes [N, 4]`` (x1, y1,
 x2, y2 in pixels of the image), ``labels [N]`` from 1 on, ``scores [N]``, and of Mask R-CNN ``masks [N, 1, height,
@@ -22,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate
 
 from .checkpoint import create_model
-from .heads import Segmenter
+from .heads import PyramidPooling, Segmenter
 from .heads.detector import DETECTORS
 
 __all__ = ["ExportReport", "export_onnx"]
@@ -60,7 +62,7 @@ def export_onnx(
     """Writes ``model`` to the ONNX file ``out`` and checks it with onnxruntime on random images.
 
     The file may differ from eager PyTorch by 1e-4 of the answers' scale: of the largest logit; of the image's longer
-    side for boxes, of 1 for scores and masks. The objects that are detected and their labels must be the same.
+    side for boxes, of 1 for scores, of 10 for masks. The objects that are detected and their labels must be the same.
 
     Args:
         model: A classifier from timm, a :class:`visionattn.heads.Segmenter`, or a detector as
@@ -70,13 +72,13 @@ def export_onnx(
         image_size: Height and width of the images; None takes those of the classifier's or the segmenter's backbone,
             and of a detector the square that it does not resize. (Its file resizes other images as it does itself.)
         dynamic_size: Leave height and width free as well, in multiples of 32; then two more sizes are checked. Not for
-            detectors.
+            detectors and UPerNet.
         fuse: Fold batch norms and the like into the layers beside them first, where the model's layers can do that
             (``timm.utils.reparameterize_model``).
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
-        ValueError: ``dynamic_size`` with a detector or with an ``image_size`` that is no multiple of 32.
+        ValueError: ``dynamic_size`` with a detector, with UPerNet or with sides that are no multiples of 32.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
             onnxruntime's answers differ from eager's.
     """
@@ -92,10 +94,13 @@ def export_onnx(
     if fuse:
         model = reparameterize_model(model, inplace=True)
     detector = isinstance(model, tuple(DETECTORS.values()))
-    if detector and dynamic_size:
+    if dynamic_size and detector:
         raise ValueError("the file of a detector has one image size: leave dynamic_size out")
+    if dynamic_size and any(isinstance(module, PyramidPooling) for module in model.modules()):
+        raise ValueError("torch.export fixes the grids that UPerNet pools over, so its file has one image size: leave "
+                         "dynamic_size out, or train head semantic_fpn")
     proto, check = _detector(model, image_size) if detector else _logits(model, image_size, dynamic_size)
-    nodes = list(_nodes(proto.graph))
+    nodes = [node for graph in _graphs(proto.graph) for node in graph.node]
     for item in (*nodes, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del item.metadata_props[:]  # holds stack traces with the paths of the machine that exported
         item.doc_string = ""  # the same
@@ -106,8 +111,10 @@ def export_onnx(
     onnx.save(proto, str(out))
     onnx.checker.check_model(str(out))
     try:
-        difference, ties, rows = _compare(check, out)
-    except RuntimeError:
+        with _explained("the exported file cannot be run beside PyTorch, and was removed"):
+            difference, ties, rows = _compare(check, out)
+        _judge(difference)
+    except BaseException:
         out.unlink()
         raise
     opset = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
@@ -128,7 +135,7 @@ def main(argv: list[str]) -> None:
                         help="height and width, or one number for both; if not given, the backbone's own, and of a "
                              "detector the side that it resizes images to")
     parser.add_argument("--dynamic-size", action="store_true",
-                        help="leave height and width free, in multiples of 32 (not for detectors)")
+                        help="leave height and width free, in multiples of 32 (not for detectors and UPerNet)")
     parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
     parser.add_argument("--out", default="model.onnx", metavar="FILE")
     args = parser.parse_args(argv)
@@ -147,7 +154,7 @@ def print_report(report: ExportReport) -> None:
     """Prints what was exported, a line each."""
     scale = "the logits' scale"
     if report.detections is not None:
-        scale = f"the image's side (boxes) or 1 (scores, masks) in {report.detections} detections"
+        scale = f"the image's side (boxes), 1 (scores) or 10 (masks) in {report.detections} detections"
     print(f"file                {report.path} ({report.megabytes:.1f} MiB, {report.nodes} nodes, opset {report.opset})")
     print(f"largest difference  {report.difference:.1e} of {scale}, onnxruntime against PyTorch"
           f" (limit {TOLERANCE:.0e})")
@@ -166,10 +173,10 @@ class _Check(NamedTuple):
     shapes: list[tuple[int, ...]]  # of the images of each run
 
 
-def _logits(model: nn.Module, image_size: tuple[int, int] | None, dynamic_size: bool) -> tuple[Any, _Check]:
+def _logits(model: Any, image_size: tuple[int, int] | None, dynamic_size: bool) -> tuple[Any, _Check]:
     """The graph of a model that takes batches of images to logits."""
     segmenter = isinstance(model, Segmenter)
-    config: Any = (model.backbone.model if segmenter else model).pretrained_cfg
+    config: Any = model.backbone.model.pretrained_cfg if segmenter else model.pretrained_cfg
     channels, *default_size = config["input_size"]
     size = tuple(image_size or default_size)
     free: dict[int, Any] = {0: torch.export.Dim("batch")}
@@ -179,7 +186,7 @@ def _logits(model: nn.Module, image_size: tuple[int, int] | None, dynamic_size: 
         # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
         rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
         free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
-    with _explained():
+    with _explained("PyTorch cannot export this model"):
         program = torch.onnx.export(
             model, (torch.randn(2, channels, *size),), dynamo=True, opset_version=OPSET, verbose=False,
             dynamic_shapes=(free,), input_names=["images"], output_names=["logits"])
@@ -193,66 +200,104 @@ def _logits(model: nn.Module, image_size: tuple[int, int] | None, dynamic_size: 
 
 
 def _detector(model: Any, image_size: tuple[int, int] | None) -> tuple[Any, _Check]:
-    """The graph of one of torchvision's detectors, with all that it does before and after the network.
+    """The graph of one of torchvision's detectors: from the image to objects in pixels of it.
 
-    torchvision wrote its detectors for PyTorch's older exporter, which traces; the newer one, torch.export, stops where
-    the number of objects decides. The backbone goes through the newer one first, so that it is written as in other
-    files, of operators with fixed sizes; the older one then traces those.
+    torch.export stops at the first size that depends on the number of objects. So what finds objects in the maps goes
+    through PyTorch's older exporter, which traces and which torchvision wrote its detectors for; the network before it
+    goes through the same as other models; and the two graphs are joined.
     """
     import onnx
 
     size = image_size or (model.transform.min_size[-1],) * 2
     image = torch.rand(3, *size)
+    with torch.no_grad():
+        images, _ = model.transform([image])
+        maps = tuple(model.backbone(images.tensors).values())
+    levels = [f"level_{i}" for i in range(len(maps))]
     names = ["boxes", "labels", "scores"] + ["masks"] * isinstance(model, DETECTORS["mask_rcnn"])
-    file = io.BytesIO()
-    with _explained(), torch.no_grad():
-        resized, _ = model.transform([image])
-        traced = copy.copy(model)
-        traced._modules = dict(model._modules)
-        traced.transform = copy.copy(model.transform)
-        traced.transform.fixed_size = resized.image_sizes[0][::-1]  # (its order is width, height)
-        traced.backbone = torch.export.export(model.backbone, (resized.tensors,)).module()
-        traced.backbone.validate_inputs = False
+    file: Any = io.BytesIO()  # which PyTorch's annotations omit
+    with _explained("PyTorch cannot export this model"):
+        program = torch.onnx.export(
+            _Network(model).eval(), (image,), dynamo=True, opset_version=OPSET, verbose=False, input_names=["image"],
+            output_names=levels)
         torch.onnx.export(
-            _OneImage(traced, names), (image,), file, dynamo=False, opset_version=OPSET, input_names=["image"],
-            output_names=names, dynamic_axes={name: {0: "objects"} for name in names})
-    return onnx.load_from_string(file.getvalue()), _Check(
-        answer=_OneImage(model, names),
+            _Search(model, images, size, names).eval(), maps, file, dynamo=False, opset_version=OPSET,
+            input_names=levels, output_names=names, dynamic_axes={name: {0: "objects"} for name in names})
+    assert program is not None
+    network = onnx.compose.add_prefix(program.model_proto, "network/", rename_inputs=False)
+    search = onnx.load_from_string(file.getvalue())
+    search.ir_version = network.ir_version
+    _, *inner = _graphs(search.graph)
+    for value in (value for graph in inner for value in (*graph.input, *graph.output, *graph.value_info)):
+        for length in value.type.tensor_type.shape.dim:
+            length.Clear()  # in a loop it would be that of the first turn, for good
+    for length, known in zip(search.graph.output[-1].type.tensor_type.shape.dim[1:], (1, *size), strict=False):
+        length.dim_value = known  # of masks; the tracer does not see it
+    proto = onnx.compose.merge_models(network, search, [(f"network/{level}", level) for level in levels])
+    proto.graph.name, proto.graph.doc_string = "detector", ""
+    del proto.opset_import[1:]  # the same twice
+    return proto, _Check(
+        answer=partial(_objects, model, names=names),
         difference=partial(_apart, side=max(size)),
         draw=_blocks,
         shapes=[(3, *size)] * _IMAGES)
 
 
-class _OneImage(nn.Module):
-    """A detector that takes one image and gives a tuple of tensors, as ONNX knows no lists or dicts."""
+class _Network(nn.Module):
+    """A detector's maps of one image, after it is normalised and resized."""
 
-    def __init__(self, detector: nn.Module, names: list[str]):
+    def __init__(self, detector: Any):
         super().__init__()
-        self.detector, self.names = detector, names
+        self.transform, self.backbone = detector.transform, detector.backbone
 
     def forward(self, image: Tensor) -> _Answers:
-        found, = self.detector([image])
-        return tuple(found[name] for name in self.names)
+        images, _ = self.transform([image])
+        return tuple(self.backbone(images.tensors).values())
+
+
+class _Search(nn.Module):
+    """A detector's objects in the maps of one image: a detector whose resizing and network give what is known."""
+
+    def __init__(self, detector: Any, images: Any, size: tuple[int, int], names: list[str]):
+        super().__init__()
+        transform, backbone = copy.copy(detector.transform), nn.Identity()
+        transform.forward = lambda *_: (images, None)
+        self.detector = copy.copy(detector)
+        self.detector._modules = detector._modules | {"transform": transform, "backbone": backbone}
+        self.size, self.names = size, names
+
+    def forward(self, *maps: Tensor) -> _Answers:
+        self.detector.backbone.forward = lambda _: {str(i): x for i, x in enumerate(maps)}
+        return _objects(self.detector, torch.empty(3, *self.size), self.names)
+
+
+def _objects(detector: nn.Module, image: Tensor, names: list[str]) -> _Answers:
+    """What is detected in one image, as a tuple: ONNX knows no lists or dicts."""
+    found, = detector([image])
+    return tuple(found[name] for name in names)
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Within the context PyTorch exports: in silence, and failure is an error of one line."""
+def _explained(failure: str) -> Iterator[None]:
+    """Within the context others' code works: in silence, and its failure is an error of one line.
+
+    PyTorch's attention is the plain one: of others, torch.export believes strides that their decomposition has not.
+    """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")  # of the tracer on each size that it takes as fixed
             yield
     except Exception as error:
-        raise RuntimeError(f"PyTorch cannot export this model: {_first_line(error)}") from error
+        raise RuntimeError(f"{failure}: {_first_line(error)}") from error
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
-    """The nodes of an ONNX graph and of the branches and loops in it."""
+def _graphs(graph: Any) -> Iterator[Any]:
+    """An ONNX graph, and those of the branches and loops in it."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
+                yield from _graphs(attribute.g)
 
 
 def _compare(check: _Check, path: Path) -> tuple[float, int, int]:
@@ -281,12 +326,16 @@ def _compare(check: _Check, path: Path) -> tuple[float, int, int]:
             ties += int(undecided.sum())
         worst = max(worst, difference.max().item())
         rows += len(expected[0])
-    if worst == math.inf:
-        raise RuntimeError("the exported file gives other objects than PyTorch, or no numbers; it was removed")
-    if worst > TOLERANCE or worst != worst:
-        raise RuntimeError(f"the exported file differs from PyTorch by {worst:.1e} of its scale (limit "
-                           f"{TOLERANCE:.0e}); it was removed")
     return worst, ties, rows
+
+
+def _judge(difference: float) -> None:
+    """Raises a RuntimeError for a difference beyond the limit."""
+    if difference == math.inf:
+        raise RuntimeError("the exported file gives other objects than PyTorch, or no numbers; it was removed")
+    if difference > TOLERANCE:
+        raise RuntimeError(f"the exported file differs from PyTorch by {difference:.1e} of the answers' scale (limit "
+                           f"{TOLERANCE:.0e}); it was removed")
 
 
 def _undecided(check: _Check, images: Tensor, expected: _Answers, tries: int = 8) -> Tensor:
@@ -304,14 +353,20 @@ def _relative(actual: _Answers, expected: _Answers) -> Tensor:
 
 
 def _apart(actual: _Answers, expected: _Answers, side: int) -> Tensor:
-    """Largest difference of one image's detections: boxes in units of ``side``, scores and masks; infinite if they
-    are of other objects.
+    """Largest difference of one image's detections: boxes in units of ``side``, scores of 1, masks of 10; infinite if
+    one has no partner of its label. Whatever the order: rounding decides on it where scores are equal.
     """
-    if not torch.equal(actual[1], expected[1]):  # labels
+    (boxes, labels, scores, *masks), (known_boxes, known_labels, known_scores, *known_masks) = actual, expected
+    if len(labels) != len(known_labels):
         return torch.tensor([torch.inf])
-    units = (side, 1, 1, 1)
-    differences = [((a - b).abs().flatten() / unit) for a, b, unit in zip(actual, expected, units, strict=False)]
-    return torch.cat([torch.zeros(1), *differences]).amax(dim=0, keepdim=True).nan_to_num(torch.inf)
+    if not len(labels):
+        return torch.zeros(1)
+    pairs = torch.maximum(torch.cdist(boxes, known_boxes, p=torch.inf) / side, (scores[:, None] - known_scores).abs())
+    pairs = pairs.masked_fill(labels[:, None] != known_labels, torch.inf)
+    nearest, partner = pairs.min(dim=1)
+    differences = [nearest, pairs.amin(dim=0)]
+    differences += [(a - b[partner]).abs().flatten() / 10 for a, b in zip(masks, known_masks, strict=True)]
+    return torch.cat(differences).amax(dim=0, keepdim=True).nan_to_num(torch.inf)
 
 
 def _blocks(*shape: int, generator: torch.Generator) -> Tensor:
