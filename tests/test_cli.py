@@ -108,7 +108,9 @@ def test_list(capsys):
 
 
 def test_list_of_an_unknown_family(fails):
-    assert "no family 'yolo'; there are biformer" in fails("list", "--family", "yolo")
+    line = fails("list", "--family", "yolo")
+    assert "no family 'yolo'; there are agent_cswin, " in line
+    assert "biformer, " in line
 
 
 def test_traceback_on_request(monkeypatch):

@@ -37,7 +37,7 @@ _SCENES, _ACROSS, _ENLARGED = 12, 4, 3  # pictures on a sheet and in a row of it
 class _Demo(NamedTuple):
     config: str
     run: str
-    shorter: list[str]  # options that make a demo of the recipe
+    shorter: list[str]  # options that make a demo of the recipe: fewer and larger digits, fewer epochs
     figures: dict[str, str]  # what to say of the test metrics
 
 
@@ -46,10 +46,13 @@ _DEMOS = {
         "classification/digits_biformer.yaml", "runs/demo", [],
         {"accuracy": "accuracy on {} digits never trained on"}),
     "detection": _Demo(
-        "detection/digits_biformer_fcos.yaml", "runs/demo-detection", ["--trainer.max_epochs", "10"],
+        "detection/digits_biformer_fcos.yaml", "runs/demo-detection",
+        ["--trainer.max_epochs", "16", "--data.init_args.batch_size", "8", "--data.init_args.digits", "[1, 3]",
+         "--data.init_args.digit_size", "[32, 52]"],
         {"box_map_50": "box AP50 on {} scenes of digits never trained on", "box_map": "box AP (IoU 0.5 to 0.95)"}),
     "segmentation": _Demo(
-        "segmentation/digits_dinat_upernet.yaml", "runs/demo-segmentation", ["--trainer.max_epochs", "5"],
+        "segmentation/digits_dinat_upernet.yaml", "runs/demo-segmentation",
+        ["--trainer.max_epochs", "16", "--data.init_args.batch_size", "8"],
         {"miou": "mean IoU on {} scenes of digits never trained on", "accuracy": "pixels with the right class"}),
 }
 
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> int:
     # On one device: the processes of further ones would be demos of their own.
     code = _visionattn("fit", "--config", _CONFIGS / demo.config, "--trainer.default_root_dir", run,
                        "--trainer.devices", 1, *demo.shorter, *options)
-    results = {}
+    results: dict[str, Path] = {}
     if not code and task == "classification":
         code, results = _export_and_draw(run)
     elif not code:
@@ -139,7 +142,7 @@ def _predict_and_draw(run: Path, task: str) -> tuple[int, dict[str, Path]]:
 
 def _summarise(demo: _Demo, run: Path, results: dict[str, Path], seconds: float) -> None:
     metrics = json.loads((run / "test_metrics.json").read_text())
-    rows = {"everything took": f"{seconds / 60:.1f} minutes"}
+    rows: dict[str, object] = {"everything took": f"{seconds / 60:.1f} minutes"}
     rows |= {text.format(metrics["num_images"]): f"{metrics[key]:.1%}" for key, text in demo.figures.items()}
     rows |= {"trained weights": run / "checkpoints" / "best.ckpt", "test metrics": run / "test_metrics.json", **results}
     print()

@@ -226,7 +226,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, trainer):
 
 @pytest.mark.parametrize(("kwargs", "message"), [
     (dict(backbone="test_bifomer"), "no model 'test_bifomer'; similar names: .*test_biformer"),
-    (dict(num_classes=1), "at least 2 classes"),
+    (dict(num_classes=1), "at least 2"),
     (dict(class_names=["a"]), "1 class names were given for 10"),
     (dict(ema_decay=1.0), "ema_decay"),
     (dict(checkpoint_path="nowhere.ckpt"), "nowhere.ckpt does not exist"),

@@ -1,4 +1,4 @@
-"""What the dense tasks share: seeds that survive a resume, averaged weights, and checkpoints that stand alone."""
+"""What the tasks share: seeds that survive a resume, averaged weights, and checkpoints that stand alone."""
 import json
 import math
 import os
@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
-__all__ = ["DenseTask"]
+__all__ = ["Task", "check_arguments"]
 
 
-class DenseTask(pl.LightningModule):
+class Task(pl.LightningModule):
     """A LightningModule whose hyper-parameters ``args`` hold ``ema_decay`` among others."""
 
     args: Any  # what the constructor was given, by name

@@ -1,18 +1,12 @@
 """Image classification: any timm backbone, soft-target cross-entropy, AdamW with a cosine schedule."""
 import csv
-import json
 import math
-import os
-import random
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import numpy as np
 import timm
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -23,12 +17,13 @@ from torchvision.transforms import v2
 
 from ..checkpoint import fitting, read_checkpoint
 from ..layers import auxiliary_losses
+from .base import Task, check_arguments
 from .optim import adamw, cosine_with_warmup
 
 __all__ = ["ClassificationTask"]
 
 
-class ClassificationTask(pl.LightningModule):
+class ClassificationTask(Task):
     """Trains and tests a timm model as an image classifier.
 
     Logs ``train/loss`` and the model's auxiliary losses, which it includes, as ``train/<name>``; ``val/`` and ``test/``
@@ -86,14 +81,9 @@ class ClassificationTask(pl.LightningModule):
             ema_decay: float | None = None,
     ):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"classification needs at least 2 classes, got {num_classes}")
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"{len(class_names)} class names were given for {num_classes} classes")
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}")
+        check_arguments(num_classes, 2, class_names, ema_decay)
         self.save_hyperparameters()
-        self.args: Any = self.hparams  # what the constructor was given, by name
+        self.args = self.hparams
         args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
@@ -116,29 +106,12 @@ class ClassificationTask(pl.LightningModule):
         """AdamW and its schedule, stepped once an optimiser step."""
         args = self.args
         optimizer = adamw(self.model, args.lr, args.weight_decay, args.betas, args.layer_decay)
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise ValueError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        steps = self.training_steps()
         self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
         epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         schedule = cosine_with_warmup(
-            optimizer, int(steps), round(args.warmup_epochs * epoch_steps), args.min_lr / args.lr if args.lr else 0.0)
+            optimizer, steps, round(args.warmup_epochs * epoch_steps), args.min_lr / args.lr if args.lr else 0.0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """The moving average of the weights, while fitting."""
-        if self.args.ema_decay is None or self.trainer.state.fn != "fit":
-            return []
-        return [EMAWeightAveraging(decay=self.args.ema_decay)]
-
-    def on_train_epoch_start(self) -> None:
-        """Seeds by the run's seed and the epoch, so that a resumed run draws what an uninterrupted one would have."""
-        if "PL_GLOBAL_SEED" in os.environ:  # set by seed_everything
-            seed = np.random.SeedSequence([int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, self.global_rank])
-            torch_seed, numpy_seed, python_seed = (int(value) for value in seed.generate_state(3))
-            torch.manual_seed(torch_seed)
-            np.random.seed(numpy_seed)
-            random.seed(python_seed)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss of one batch, mixed if asked for."""
@@ -172,11 +145,7 @@ class ClassificationTask(pl.LightningModule):
             "backbone": self.args.backbone,
         }
         self.num_tested.reset()
-        if self.trainer.is_global_zero:
-            path = Path(self.trainer.default_root_dir, "test_metrics.json")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(metrics, indent=2) + "\n")
-            rank_zero_info(f"Test metrics are in {path}")
+        self.write_test_metrics(metrics)
 
     def predict_step(self, batch: tuple[Tensor, list[str]]) -> Tensor:
         """Probabilities ``[B, classes]`` of one batch of images with their names."""
@@ -193,8 +162,7 @@ class ClassificationTask(pl.LightningModule):
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, rows)
-            # The sampler repeats images to give every process as many.
-            rows = sorted({row[0]: row for part in gathered for row in part}.values())
+            rows = sorted(row for part in gathered for row in part)
         if not self.trainer.is_global_zero:
             return
         names = self.args.class_names or [str(label) for label in range(self.args.num_classes)]
@@ -209,10 +177,6 @@ class ClassificationTask(pl.LightningModule):
                 pairs = zip(classes, probabilities, strict=True)
                 writer.writerow([name, *(x for label, p in pairs for x in (names[label], f"{p:.6f}"))])
         rank_zero_info(f"Predictions of {len(rows)} images are in {path}")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes a checkpoint stand alone: rebuilding from it needs neither a download nor the file it started from."""
-        checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint_path": None}
 
     def _evaluate(
             self, split: str, metrics: MetricCollection, loss: MeanMetric, images: Tensor, labels: Tensor) -> None:

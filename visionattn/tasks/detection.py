@@ -19,7 +19,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from ..dense import DenseBackbone
 from ..heads.detector import build_detector
 from ..layers.auxiliary import auxiliary_losses
-from .base import DenseTask, check_arguments
+from .base import Task, check_arguments
 from .optim import adamw, cosine_with_warmup, steps_with_warmup
 
 __all__ = ["DetectionTask"]
@@ -27,7 +27,7 @@ __all__ = ["DetectionTask"]
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
-class DetectionTask(DenseTask):
+class DetectionTask(Task):
     """Trains and tests a detector of torchvision over a backbone with a feature pyramid.
 
     Batches are lists of images ``[3, H, W]`` in [0, 1], of any sizes, and of targets: dicts of ``boxes`` (x1, y1, x2,

@@ -102,7 +102,7 @@ class _RunCLI(LightningCLI):
         """Tests what ``visionattn test`` would test: the best checkpoint, or the last where there is no best one."""
         if not self._ends_with_test():
             return
-        trainer = self.trainer
+        trainer: Any = self.trainer  # some of its attributes are set out of sight of type checkers
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         kept = [Path(trainer.default_root_dir, "checkpoints", f"{name}.ckpt") for name in ("best", "last")]
         path = next((path for path in [*kept, *(Path(saver.best_model_path) for saver in savers)] if path.is_file()),
@@ -118,7 +118,7 @@ class _RunCLI(LightningCLI):
         trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(path))
 
     def _ends_with_test(self) -> bool:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         return bool(not trainer.fast_dev_run and trainer.limit_test_batches and is_overridden("test_step", self.model)
                     and is_overridden("test_dataloader", self.datamodule or self.model))
 
@@ -131,9 +131,12 @@ class _RunCLI(LightningCLI):
         if not fitting:
             # What they measure goes into files of its own; metrics.csv and config.yaml stay those of the training.
             self.save_config_callback = None
+            # Said by a checkpoint callback of Lightning's own, which has nothing to do here.
+            warnings.filterwarnings("ignore", "The dirpath has changed from")
             return super().instantiate_trainer(logger=False, **kwargs)
         self.config = self._config_to_save
-        callbacks = list(config.callbacks or [])
+        given = config.callbacks or []
+        callbacks = list(given) if isinstance(given, list) else [given]
         if config.logger is None or config.logger is True:
             kwargs["logger"] = [(_ResumedCSVLogger if self._ckpt_path else CSVLogger)(run, name="", version="")]
             if RequirementCache("tensorboard") or RequirementCache("tensorboardX"):

@@ -15,14 +15,14 @@ from ..dense import DenseBackbone
 from ..heads.blocks import resize
 from ..heads.segmenter import Segmenter, multi_scale, sliding_window
 from ..layers.auxiliary import auxiliary_losses
-from .base import DenseTask, check_arguments
+from .base import Task, check_arguments
 from .losses import SegmentationLoss
 from .optim import adamw, cosine_with_warmup, poly_with_warmup
 
 __all__ = ["SegmentationTask"]
 
 
-class SegmentationTask(DenseTask):
+class SegmentationTask(Task):
     """Trains and tests a backbone with a segmentation head.
 
     Training takes batches ``(images [B, 3, H, W] in [0, 1], labels [B, H, W])``; evaluation the same, where the labels
