@@ -170,8 +170,11 @@ def test_downloads_what_is_not_given(refused, tmp_path, monkeypatch):
 def test_wrong_arguments(refused, tmp_path, capsys):
     assert "'resnet18' is no model of this zoo" in refused("resnet18", "w.pth")
     assert "nowhere.pth does not exist" in refused("nat_mini", "nowhere.pth")
-    torch.save({"state_dict": {}, "hyper_parameters": {"backbone": "nat_mini"}}, tmp_path / "best.ckpt")
+    run = {"backbone": "nat_mini", "num_classes": 10}
+    torch.save({"state_dict": {}, "hyper_parameters": run}, tmp_path / "best.ckpt")
     assert "the checkpoint of a training run" in refused("nat_mini", tmp_path / "best.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "empty.pth")
+    assert "holds no weights" in refused("nat_mini", tmp_path / "empty.pth")
     for out, words in ((tmp_path / "w.pth", "must end in .safetensors"),
                        (tmp_path / "nowhere" / "w.safetensors", "there is no folder")):
         assert convert_weights.main(["nat_mini", "w.pth", "--out", str(out)]) == 1

@@ -112,6 +112,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     for wrapper in ("state_dict_ema", "state_dict", "model"):  # the averaged weights go first, as in timm
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+    if not content:
+        raise ValueError(f"checkpoint {path} holds no weights")
     return content, None
 
 

@@ -73,7 +73,7 @@ def test_no_gradient_through_routing():
     x = torch.randn(1, 2, 2, 16, dtype=torch.float64)  # regions of one token: a softmax over one key
     module(x).sum().backward()
     queries_and_keys, values = module.qkv.weight.grad[:32], module.qkv.weight.grad[32:]
-    assert queries_and_keys.abs().max() == 0
+    assert queries_and_keys.abs().max() < 1e-14  # the rounding of a softmax over one key
     assert values.abs().max() > 0
 
 
