@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Backend, Op, exporting
+from .dispatch import Backend, Op, any_problem, exporting
 
 __all__ = ["AgentProblem", "agent_attention", "pool_agents"]
 
@@ -164,11 +164,7 @@ def _run_naive(
     return (reading.softmax(dim=-1) @ (gathering.softmax(dim=-1) @ v)).transpose(1, 2).to(dtype)
 
 
-def _any_problem(problem: AgentProblem) -> tuple[bool, str]:
-    return True, ""
-
-
-_op = Op("agent_attention", [Backend("fused", _any_problem, _run_fused), Backend("naive", _any_problem, _run_naive)])
+_op = Op("agent_attention", [Backend("fused", any_problem, _run_fused), Backend("naive", any_problem, _run_naive)])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> None:

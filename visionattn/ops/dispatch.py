@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Backend", "BackendError", "Op", "cast_for_autocast", "chosen", "explain", "exporting", "transforming",
-    "use_backend",
+    "Backend", "BackendError", "Op", "any_problem", "cast_for_autocast", "chosen", "explain", "exporting",
+    "transforming", "use_backend",
 ]
 
 
 class BackendError(ValueError):
     """The backend that was asked for does not exist or cannot do this problem."""
+
+
+def any_problem(problem: Any) -> tuple[bool, str]:
+    """The ``supports`` of a backend that can do every valid problem."""
+    return True, ""
 
 
 class Backend(NamedTuple):

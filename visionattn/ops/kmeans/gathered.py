@@ -3,12 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["run", "supports"]
-
-
-def supports(problem) -> tuple[bool, str]:
-    """Every valid problem can be done."""
-    return True, ""
+__all__ = ["run"]
 
 
 def run(

@@ -5,12 +5,7 @@ This form is the truth that every other backend is compared with.
 import torch
 from torch import Tensor
 
-__all__ = ["run", "supports"]
-
-
-def supports(problem) -> tuple[bool, str]:
-    """Every valid problem can be done."""
-    return True, ""
+__all__ = ["run"]
 
 
 def run(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..dispatch import Backend, Op, cast_for_autocast
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast
 from . import naive, natten_backend, tiled, triton_backend
 
 __all__ = ["NeighborhoodProblem", "neighborhood_attention"]
@@ -38,9 +38,9 @@ class NeighborhoodProblem(NamedTuple):
 
 _op = Op("neighborhood_attention", [
     Backend("triton", triton_backend.supports, triton_backend.run, triton_support.automatic),
-    Backend("tiled", tiled.supports, tiled.run),
+    Backend("tiled", any_problem, tiled.run),
     Backend("natten", natten_backend.supports, natten_backend.run),
-    Backend("naive", naive.supports, naive.run),
+    Backend("naive", any_problem, naive.run),
 ])
 
 

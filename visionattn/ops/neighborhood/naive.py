@@ -5,12 +5,7 @@ This form is the truth that every other backend is compared with. It takes memor
 import torch
 from torch import Tensor
 
-__all__ = ["axis_windows", "run", "supports"]
-
-
-def supports(problem) -> tuple[bool, str]:
-    """Every valid problem can be done."""
-    return True, ""
+__all__ = ["axis_windows", "run"]
 
 
 def axis_windows(

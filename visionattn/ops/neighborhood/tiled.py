@@ -19,14 +19,9 @@ from torch import Tensor
 from ..dispatch import exporting, transforming
 from .slab import slab_attention
 
-__all__ = ["run", "supports"]
+__all__ = ["run"]
 
 _TILE = {1: 32, 2: 8, 3: 4}  # queries of a tile along each axis, by the number of axes
-
-
-def supports(problem) -> tuple[bool, str]:
-    """Every valid problem can be done."""
-    return True, ""
 
 
 def run(

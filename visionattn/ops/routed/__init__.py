@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..dispatch import Backend, Op, cast_for_autocast
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast
 from . import gathered, naive, triton_backend
 
 __all__ = ["RoutedProblem", "routed_attention"]
@@ -36,7 +36,7 @@ class RoutedProblem(NamedTuple):
 _op = Op("routed_attention", [
     Backend("triton", triton_backend.supports, triton_backend.run, triton_support.automatic),
     Backend("gathered", gathered.supports, gathered.run),
-    Backend("naive", naive.supports, naive.run),
+    Backend("naive", any_problem, naive.run),
 ])
 
 

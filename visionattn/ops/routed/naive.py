@@ -7,12 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["backward_flops", "flops", "merge_regions", "run", "split_regions", "supports"]
-
-
-def supports(problem) -> tuple[bool, str]:
-    """Every valid problem can be done."""
-    return True, ""
+__all__ = ["backward_flops", "flops", "merge_regions", "run", "split_regions"]
 
 
 def split_regions(x: Tensor, region_size: tuple[int, int]) -> Tensor:
