@@ -96,13 +96,14 @@ def _slab_forward(
         out = q.new_empty(v.shape)
         lse = q.new_zeros(q.shape[:-1], dtype=compute)
         for plan in plans:
-            table, work = _table(plan, bias), _Work(plan, backward=False)
+            table = _table(plan, bias)
             if plan.is_dense:
-                queries, keys, values = (work.tokens(x) for x in (q, k, v))
+                queries, keys, values = (_tokens(plan, x) for x in (q, k, v))
                 result, sums = _dense(queries, keys, values, table, scale)
-                work.store_tokens(result, out)
-                work.store_tokens(sums.unsqueeze(-1), lse.unsqueeze(-1))
+                _store_tokens(plan, result, out)
+                _store_tokens(plan, sums.unsqueeze(-1), lse.unsqueeze(-1))
                 continue
+            work = _Work(plan, backward=False)
             for chunk in plan.chunks:
                 p = work.probabilities(chunk, q, k, table, scale)
                 values = work.load_keys("v", chunk, v)
@@ -142,16 +143,17 @@ def _slab_backward(
         dq = q.new_empty(q.shape)
         dk, dv = k.new_zeros(k.shape, dtype=compute), v.new_zeros(v.shape, dtype=compute)
         for plan in plans:
-            table, work = _table(plan, bias), _Work(plan, backward=True)
+            table = _table(plan, bias)
             if plan.is_dense:
-                sums = work.tokens(lse.unsqueeze(-1)).squeeze(-1)
+                sums = _tokens(plan, lse.unsqueeze(-1)).squeeze(-1)
                 gradients = _dense_backward(
-                    [work.tokens(x) for x in (grad, q, k, v, out)], sums, table, scale, bias_grad)
+                    [_tokens(plan, x) for x in (grad, q, k, v, out)], sums, table, scale, bias_grad)
                 for gradient, target in zip(gradients[:3], (dq, dk, dv), strict=True):
-                    work.store_tokens(gradient, target)
+                    _store_tokens(plan, gradient, target)
                 if bias_grad:
                     _add_table(plan, gradients[3], dbias)
                 continue
+            work = _Work(plan, backward=True)
             dtable = None if table is None or not bias_grad else torch.zeros_like(table)
             for chunk in plan.chunks:
                 p = work.probabilities(chunk, q, k, table, scale)
@@ -644,26 +646,29 @@ class _Work:
         for move in _kind_moves(self.plan, chunk, shared=False):
             _box(table, move)[0, 0, 0, :, 0, 0].add_(self._place(part, move).sum((0, 1, 2, 4, 5)))
 
-    def tokens(self, tensor: Tensor) -> Tensor:
-        """``[classes, heads, tokens, dim]``; a view where the strides allow it."""
-        return self._all(tensor).to(self.plan.dtype).flatten(4, 5).flatten(0, 2)
-
-    def store_tokens(self, tokens: Tensor, tensor: Tensor) -> None:
-        target = self._all(tensor)
-        target.copy_(tokens.reshape(target.shape))
-
-    def _all(self, tensor: Tensor) -> Tensor:
-        """View of the classes ``[batch, classes in y, classes in x, heads, rows, columns, dim]``."""
-        everything = tuple((0, size) for size in self.plan.shape)
-        move, = _tile_moves(self.plan, everything, tensor.stride(), tensor.shape[-1])
-        return _box(tensor, move)[:, :, :, :, 0, 0]
-
     def _place(self, part: str, move: _Move) -> Tensor:
         return self.memory.as_strided(move.shape, move.place, self.plan.offsets[part] + move.place_offset)
 
 
 def _box(tensor: Tensor, move: _Move) -> Tensor:
     return tensor.as_strided(move.shape, move.map, tensor.storage_offset() + move.map_offset)
+
+
+def _tokens(plan: _Plan, tensor: Tensor) -> Tensor:
+    """``[classes, heads, tokens, dim]`` of a dense plan; a view where the strides allow it."""
+    return _all(plan, tensor).to(plan.dtype).flatten(4, 5).flatten(0, 2)
+
+
+def _store_tokens(plan: _Plan, tokens: Tensor, tensor: Tensor) -> None:
+    target = _all(plan, tensor)
+    target.copy_(tokens.reshape(target.shape))
+
+
+def _all(plan: _Plan, tensor: Tensor) -> Tensor:
+    """View of a dense plan's classes ``[batch, classes in y, classes in x, heads, rows, columns, dim]``."""
+    everything = tuple((0, size) for size in plan.shape)
+    move, = _tile_moves(plan, everything, tensor.stride(), tensor.shape[-1])
+    return _box(tensor, move)[:, :, :, :, 0, 0]
 
 
 def _columns(chunk: _Chunk) -> int:
