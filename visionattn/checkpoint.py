@@ -5,6 +5,7 @@ Nothing here unpickles more than tensors, plain containers and options (argparse
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from . import models  # noqa: F401  (registers the zoo in timm)
 from .models._builder import tensors_only
 
-__all__ = ["create_model", "fitting", "read_checkpoint"]
+__all__ = ["check_name", "create_model", "fitting", "read_checkpoint", "timm_model"]
 
 
 def create_model(
@@ -66,6 +67,21 @@ def create_model(
     with fitting(run["backbone"], checkpoint):
         model.load_state_dict(state_dict)
     return model
+
+
+def check_name(name: str) -> None:
+    """Raises a ValueError that names similar models if timm has none called ``name``."""
+    if not timm.is_model(name.split(".")[0]):
+        close = get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(f"there is no model {name!r}" + (f"; similar names: {', '.join(close)}" if close else ""))
+
+
+def timm_model(name: str, **args: Any) -> Any:
+    """``timm.create_model`` with a ValueError of one line for arguments that the model does not have."""
+    try:
+        return timm.create_model(name, **args)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these model_args: {error}") from error
 
 
 @contextmanager

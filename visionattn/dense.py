@@ -5,7 +5,6 @@ the same weights (each family's ``dense_args``), and some put a norm on each map
 """
 import sys
 from collections.abc import Collection
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 import timm
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models  # noqa: F401  (registers the zoo in timm)
-from .checkpoint import fitting, read_checkpoint
+from .checkpoint import check_name, fitting, read_checkpoint, timm_model
 
 __all__ = ["DenseBackbone"]
 
@@ -206,11 +205,8 @@ class DenseBackbone(nn.Module):
 
 def _family(name: str) -> Any:
     """The Python module that defines the model."""
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        close = get_close_matches(name, timm.list_models(), n=5)
-        raise ValueError(f"there is no model {name!r}" + (f"; similar names: {', '.join(close)}" if close else ""))
-    return sys.modules[timm.model_entrypoint(architecture).__module__]
+    check_name(name)
+    return sys.modules[timm.model_entrypoint(name.split(".")[0]).__module__]
 
 
 def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, bool, bool]:
@@ -220,14 +216,11 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, boo
     # What timm's vision transformers and Swin transformers call it to take images of any size.
     for option in ({"dynamic_img_size": True}, {"strict_img_size": False}) if fixed else ():
         try:
-            return timm.create_model(name, pretrained=pretrained, **option | args), True, True
-        except TypeError as error:
-            if next(iter(option)) not in str(error):
-                raise ValueError(f"{name} does not take these model_args: {error}") from error
-    try:
-        model: Any = timm.create_model(name, pretrained=pretrained, **args)
-    except TypeError as error:
-        raise ValueError(f"{name} does not take these model_args: {error}") from error
+            return timm_model(name, pretrained=pretrained, **option | args), True, True
+        except ValueError as error:
+            if not isinstance(error.__cause__, TypeError) or next(iter(option)) not in str(error.__cause__):
+                raise
+    model = timm_model(name, pretrained=pretrained, **args)
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"{name} gives no maps of its stages (it has no forward_intermediates)")
     return model, not fixed, False

@@ -46,6 +46,14 @@ class Task(pl.LightningModule):
             raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         return int(steps)
 
+    def of_all_processes(self, records: list[Any]) -> list[Any]:
+        """The records of every process, in the order of the processes."""
+        if self.trainer.world_size == 1:
+            return records
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, records)
+        return [record for part in gathered for record in part]
+
     def write_test_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes ``test_metrics.json`` into the run folder."""
         if self.trainer.is_global_zero:

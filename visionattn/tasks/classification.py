@@ -1,12 +1,9 @@
 """Image classification: any timm backbone, soft-target cross-entropy, AdamW with a cosine schedule."""
 import csv
 import math
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -15,7 +12,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from ..checkpoint import fitting, read_checkpoint
+from ..checkpoint import check_name, fitting, read_checkpoint, timm_model
 from ..layers import auxiliary_losses
 from .base import Task, check_arguments
 from .optim import adamw, cosine_with_warmup
@@ -158,11 +155,9 @@ class ClassificationTask(Task):
 
     def on_predict_epoch_end(self) -> None:
         """Writes ``predictions.csv`` into the run folder: an image a row, its five most probable classes beside it."""
-        rows, self._predictions = self._predictions, []
+        rows, self._predictions = self.of_all_processes(self._predictions), []
         if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = sorted(row for part in gathered for row in part)
+            rows.sort()
         if not self.trainer.is_global_zero:
             return
         names = self.args.class_names or [str(label) for label in range(self.args.num_classes)]
@@ -188,11 +183,10 @@ class ClassificationTask(Task):
 
 
 def _create_model(backbone: str, pretrained: bool, checkpoint_path: str | None, args: dict[str, Any]) -> nn.Module:
-    if not timm.is_model(backbone.split(".")[0]) and ":" not in backbone:
-        close = get_close_matches(backbone, timm.list_models(), n=5)
-        raise ValueError(f"there is no model {backbone!r}" + (f"; similar names: {', '.join(close)}" if close else ""))
+    if ":" not in backbone:
+        check_name(backbone)
     if checkpoint_path is None:
-        return _timm_model(backbone, pretrained=pretrained, **args)
+        return timm_model(backbone, pretrained=pretrained, **args)
     if pretrained:
         raise ValueError("pretrained and checkpoint_path were both given; choose one to start from")
     state_dict, run = read_checkpoint(checkpoint_path)
@@ -202,16 +196,9 @@ def _create_model(backbone: str, pretrained: bool, checkpoint_path: str | None, 
             raise ValueError(f"{checkpoint_path} is of the model {run['backbone']}, not {backbone}")
         overlay |= {"num_classes": run["num_classes"], "input_size": (run["in_chans"], 224, 224)}
     with fitting(backbone, checkpoint_path):
-        model: Any = _timm_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+        model: Any = timm_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     model.pretrained_cfg["state_dict"] = None  # timm would keep the tensors for good
     return model
-
-
-def _timm_model(backbone: str, **args: Any) -> nn.Module:
-    try:
-        return timm.create_model(backbone, **args)
-    except TypeError as error:  # most often an argument that the model does not have
-        raise ValueError(f"{backbone} does not take these model_args: {error}") from error
 
 
 def _mixing(mixup: float, cutmix: float, switch_prob: float, num_classes: int) -> v2.Transform | None:

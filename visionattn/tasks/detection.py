@@ -196,11 +196,9 @@ class DetectionTask(Task):
 
     def on_predict_epoch_end(self) -> None:
         """Writes ``predictions.json`` into the run folder."""
-        records, self._predictions = self._predictions, []
+        records, self._predictions = self.of_all_processes(self._predictions), []
         if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, records)
-            records = sorted((record for part in gathered for record in part), key=lambda record: record["image_id"])
+            records.sort(key=lambda record: record["image_id"])
         if self.trainer.is_global_zero:
             run = Path(self.trainer.default_root_dir)
             run.mkdir(parents=True, exist_ok=True)
