@@ -29,6 +29,18 @@ def test_cross_entropy(batch):
     assert pixel_loss(*batch).item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_class_weights(batch):
+    weights = [0.2, 1.0, 3.0, 0.5]
+    found = [(weights[label], -math.log(p[label])) for p, label in pixels(*batch)]
+    expected = sum(weight * loss for weight, loss in found) / sum(weight for weight, _ in found)
+    loss = SegmentationLoss({"cross_entropy": 2.0}, class_weights=weights)
+    assert loss(*batch).item() == pytest.approx(2 * expected, rel=1e-5)
+    rare = torch.full_like(batch[1], 255)
+    rare[0, 0, 0] = 0  # one pixel, of the smallest weight
+    assert loss(batch[0], rare).item() == pytest.approx(2 * pixel_loss(batch[0], rare).item(), rel=1e-5)
+    assert loss(batch[0], torch.full_like(rare, 255)).item() == 0
+
+
 def test_dice(batch):
     found = pixels(*batch)
     scores = []
@@ -91,3 +103,13 @@ def test_another_ignore_index(batch):
 def test_unknown_losses(weights):
     with pytest.raises(ValueError, match="cross_entropy, dice, ohem"):
         SegmentationLoss(weights)
+
+
+@pytest.mark.parametrize(("weights", "class_weights", "message"), [
+    ({"dice": 1.0}, [1.0, 2.0], "cross_entropy, losses are dice"),
+    ({"cross_entropy": 1.0}, [1.0, 0.0], "must be positive"),
+    ({"cross_entropy": 1.0}, [1.0, math.nan], "must be positive"),
+])
+def test_unfit_class_weights(weights, class_weights, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationLoss(weights, class_weights=class_weights)

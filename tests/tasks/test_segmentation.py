@@ -284,6 +284,7 @@ def test_two_processes_measure_what_one_does(tmp_path, trainer):
     (dict(head="deeplab"), "upernet or semantic_fpn"),
     (dict(schedule="step"), "poly or cosine"),
     (dict(losses={"focal": 1.0}), "cross_entropy, dice, ohem"),
+    (dict(class_weights=[1.0]), "1 class_weights were given for 5"),
     (dict(window_stride=3), "without window"),
     (dict(window=3, window_stride=4), "between 1 and window"),
     (dict(test_scales=[0.0]), "positive"),

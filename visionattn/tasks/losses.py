@@ -4,6 +4,8 @@ All take logits ``[B, C, H, W]`` of any floating dtype and labels ``[B, H, W]`` 
 label is ``ignore_index``, compute in float32 and return a scalar, which is 0 where no pixel is left.
 """
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +23,42 @@ class SegmentationLoss(nn.Module):
     Args:
         weights: Weight of each loss; the names are ``cross_entropy``, ``dice`` and ``ohem``.
         ignore_index: Label of pixels that do not count.
+        class_weights: Weight of each label's pixels in the mean cross-entropy; None for equal ones.
     """
 
-    def __init__(self, weights: dict[str, float], ignore_index: int = 255):
+    class_weights: Tensor | None
+
+    def __init__(
+            self, weights: dict[str, float], ignore_index: int = 255, class_weights: Sequence[float] | None = None):
         super().__init__()
         unknown = sorted(set(weights) - set(_LOSSES))
         if unknown or not weights:
             raise ValueError(f"losses must name some of {', '.join(_LOSSES)} with their weights, got "
                              f"{', '.join(unknown) or 'none'}")
+        if class_weights is not None and "cross_entropy" not in weights:
+            raise ValueError(f"class_weights are those of cross_entropy, losses are {', '.join(weights)}")
+        if class_weights is not None and not all(0 < weight < math.inf for weight in class_weights):
+            raise ValueError(f"class_weights must be positive, got {list(class_weights)}")
         self.weights, self.ignore_index = dict(weights), ignore_index
+        self.register_buffer(
+            "class_weights", None if class_weights is None else torch.tensor(class_weights), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of logits ``[B, C, H, W]`` against labels ``[B, H, W]``."""
-        terms = [weight * _LOSSES[name](logits, labels, self.ignore_index) for name, weight in self.weights.items()]
+        options: dict[str, Any] = {"cross_entropy": {"class_weights": self.class_weights}}
+        terms = [weight * _LOSSES[name](logits, labels, self.ignore_index, **options.get(name, {}))
+                 for name, weight in self.weights.items()]
         return torch.stack(terms).sum()
 
 
-def pixel_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross-entropy, mean over the pixels that count."""
-    total = cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+def pixel_loss(
+        logits: Tensor, labels: Tensor, ignore_index: int = 255, class_weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy, mean over the pixels that count, each weighted by ``class_weights [C]`` of its label."""
+    total = cross_entropy(logits.float(), labels, class_weights, ignore_index=ignore_index, reduction="sum")
+    counts = labels != ignore_index
+    if class_weights is None:
+        return total / counts.sum().clamp(min=1)
+    return total / (class_weights[labels.where(counts, 0)] * counts).sum().clamp(min=class_weights.min())
 
 
 def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
@@ -73,4 +91,4 @@ def ohem_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor
     return (losses * hard).sum() / hard.sum().clamp(min=1)
 
 
-_LOSSES = {"cross_entropy": pixel_loss, "dice": dice_loss, "ohem": ohem_loss}
+_LOSSES: dict[str, Callable[..., Tensor]] = {"cross_entropy": pixel_loss, "dice": dice_loss, "ohem": ohem_loss}

@@ -51,6 +51,7 @@ class SegmentationTask(Task):
         head: ``upernet`` or ``semantic_fpn``.
         head_channels: Width of the head; None for the papers' (512 and 128).
         losses: Weight of each loss: ``cross_entropy``, ``dice``, ``ohem``; None for cross-entropy alone.
+        class_weights: Weight of each label's pixels in cross-entropy, for labels that are rare; None for equal ones.
         auxiliary_weight: Of the loss of an FCN head on the last but one stage; 0 for no such head.
         ignore_index: Label of pixels that do not count.
         window: Evaluate in overlapping square windows of this side, in pixels; None for whole images.
@@ -87,6 +88,7 @@ class SegmentationTask(Task):
             head: Literal["upernet", "semantic_fpn"] = "upernet",
             head_channels: int | None = None,
             losses: dict[str, float] | None = None,
+            class_weights: list[float] | None = None,
             auxiliary_weight: float = 0.4,
             ignore_index: int = 255,
             window: int | None = None,
@@ -107,6 +109,8 @@ class SegmentationTask(Task):
         check_arguments(num_classes, 2, class_names, ema_decay)
         if num_classes > 255:
             raise ValueError(f"label maps have 8 bits and 255 labels at most, got {num_classes} classes")
+        if class_weights is not None and len(class_weights) != num_classes:
+            raise ValueError(f"{len(class_weights)} class_weights were given for {num_classes} classes")
         if schedule not in ("poly", "cosine"):
             raise ValueError(f"schedule must be poly or cosine, got {schedule!r}")
         if window is None and window_stride is not None:
@@ -125,7 +129,7 @@ class SegmentationTask(Task):
             out_indices=out_indices, frozen_stages=frozen_stages, frozen_norms=frozen_norms,
             grad_checkpointing=grad_checkpointing, model_args=args)
         self.model = Segmenter(maps, num_classes, head, head_channels, auxiliary=auxiliary_weight > 0)
-        self.loss = SegmentationLoss(losses or {"cross_entropy": 1.0}, ignore_index)
+        self.loss = SegmentationLoss(losses or {"cross_entropy": 1.0}, ignore_index, class_weights)
         matrix = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
         self.val_matrix, self.test_matrix = matrix, matrix.clone()
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
