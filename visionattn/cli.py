@@ -20,7 +20,7 @@ _COMMANDS = {
     "fit": _Command("visionattn.tasks.run", "train a model and test it: --config FILE [--KEY VALUE ...]", named=True),
     "validate": _Command("visionattn.tasks.run", "measure a model on the validation images", named=True),
     "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),
-    "predict": _Command("visionattn.tasks.run", "run a model over images: predictions, pictures", named=True),
+    "predict": _Command("visionattn.tasks.run", "write predictions: CSV, COCO JSON, label maps, pictures", named=True),
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
     "bench": _Command("visionattn.bench", "time the ops beside their peers; simulate what windows cost", named=True),
     "backends": _Command("visionattn.bench", "show which implementation of each op runs here, and why not", named=True),
