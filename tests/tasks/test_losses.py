@@ -35,6 +35,8 @@ def test_class_weights(batch):
     expected = sum(weight * loss for weight, loss in found) / sum(weight for weight, _ in found)
     loss = SegmentationLoss({"cross_entropy": 2.0}, class_weights=weights)
     assert loss(*batch).item() == pytest.approx(2 * expected, rel=1e-5)
+    assert loss.double()(*batch).item() == pytest.approx(2 * expected, rel=1e-5)  # computes in float32 all the same
+    assert SegmentationLoss({"cross_entropy": 1.0}, class_weights=[2, 2, 2, 2])(*batch) == pixel_loss(*batch)
     rare = torch.full_like(batch[1], 255)
     rare[0, 0, 0] = 0  # one pixel, of the smallest weight
     assert loss(batch[0], rare).item() == pytest.approx(2 * pixel_loss(batch[0], rare).item(), rel=1e-5)

@@ -54,11 +54,12 @@ class SegmentationLoss(nn.Module):
 def pixel_loss(
         logits: Tensor, labels: Tensor, ignore_index: int = 255, class_weights: Tensor | None = None) -> Tensor:
     """Cross-entropy, mean over the pixels that count, each weighted by ``class_weights [C]`` of its label."""
-    total = cross_entropy(logits.float(), labels, class_weights, ignore_index=ignore_index, reduction="sum")
+    weight = None if class_weights is None else class_weights.float()
+    total = cross_entropy(logits.float(), labels, weight, ignore_index=ignore_index, reduction="sum")
     counts = labels != ignore_index
-    if class_weights is None:
+    if weight is None:
         return total / counts.sum().clamp(min=1)
-    return total / (class_weights[labels.where(counts, 0)] * counts).sum().clamp(min=class_weights.min())
+    return total / (weight[labels.where(counts, 0)] * counts).sum().clamp(min=weight.min())
 
 
 def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
