@@ -5,7 +5,7 @@ label is ``ignore_index``, compute in float32 and return a scalar, which is 0 wh
 """
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,8 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of logits ``[B, C, H, W]`` against labels ``[B, H, W]``."""
-        options: dict[str, Any] = {"cross_entropy": {"class_weights": self.class_weights}}
-        terms = [weight * _LOSSES[name](logits, labels, self.ignore_index, **options.get(name, {}))
-                 for name, weight in self.weights.items()]
+        losses = _LOSSES | {"cross_entropy": partial(pixel_loss, class_weights=self.class_weights)}
+        terms = [weight * losses[name](logits, labels, self.ignore_index) for name, weight in self.weights.items()]
         return torch.stack(terms).sum()
 
 
