@@ -82,8 +82,8 @@ def qkv(*shape, device):
 
 
 @pytest.mark.parametrize(("backend", "options"), [
-    ("tiled", dict(kernel_size=3)),
-    ("tiled", dict(kernel_size=5, dilation=2)),
+    ("halo", dict(kernel_size=3)),
+    ("halo", dict(kernel_size=5, dilation=2)),
     ("triton", dict(kernel_size=5, dilation=2)),
     ("triton", dict(kernel_size=5, stride=3)),
     ("triton", dict(kernel_size=5, dilation=2, stride=3, is_causal=True)),

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import golden
 from visionattn.ops import BackendError, neighborhood_attention
-from visionattn.ops.neighborhood import naive, slab
+from visionattn.ops.kept import release_memory, workspace
+from visionattn.ops.neighborhood import naive
 
 EXAMPLES = int(os.environ.get("VISIONATTN_HYPOTHESIS_EXAMPLES", 500))
 GOLDEN = golden.load("neighborhood_ops")
@@ -72,7 +73,7 @@ def relative_error(actual, expected):
 
 
 def assert_like_naive(tensors, options, tolerance=1e-12):
-    actual = outputs_and_gradients(tensors, options, "tiled")
+    actual = outputs_and_gradients(tensors, options, "halo")
     expected = outputs_and_gradients(tensors, options, "naive")
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     assert max(errors.values()) < tolerance, errors
@@ -89,7 +90,7 @@ def test_axis_windows_match_golden(table):
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("backend", ["naive", "tiled"])
+@pytest.mark.parametrize("backend", ["naive", "halo"])
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
 def test_golden(case, backend, return_lse):
     seed, shape, kv_heads, value_dim = case["seed"], case["q_shape"], case["kv_heads"], case["dim_v"]
@@ -146,7 +147,7 @@ def loop(q, k, v, kernel_size, dilation, stride, is_causal, bias):
     return out
 
 
-@pytest.mark.parametrize("backend", ["naive", "tiled"])
+@pytest.mark.parametrize("backend", ["naive", "halo"])
 @pytest.mark.parametrize(("spatial", "kernel_size", "dilation", "stride", "is_causal", "bias"), [
     ((11,), (3,), (2,), (1,), (False,), True),
     ((13,), (4,), (2,), (3,), (True,), False),
@@ -207,12 +208,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_tiled_matches_naive(case):
+def test_halo_matches_naive(case):
     assert_like_naive(*make(**case))
 
 
 @pytest.mark.parametrize("case", ["odd_map", "dilation_does_not_divide", "stride_bias", "extra_keys"])
-def test_tiled_matches_naive_in_float32(case):
+def test_halo_matches_naive_in_float32(case):
     assert_like_naive(*make(**CASES[case], dtype=torch.float32), tolerance=3e-6)
 
 
@@ -221,7 +222,7 @@ def test_tiled_matches_naive_in_float32(case):
 def test_half_precision_is_rounded_once(case, dtype, tolerance):
     # Inputs and outputs are rounded to the dtype, the computation is not.
     tensors, options = make(**CASES[case], dtype=dtype)
-    actual = outputs_and_gradients(tensors, options, "tiled")
+    actual = outputs_and_gradients(tensors, options, "halo")
     double = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
     out = neighborhood_attention(**double, **options, backend="naive")
     grad = torch.randn(out.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
@@ -234,7 +235,7 @@ def test_half_precision_is_rounded_once(case, dtype, tolerance):
 def test_float32_bias_beside_bfloat16():
     tensors, options = make((12, 13), 5, bias=True, dtype=torch.bfloat16)
     tensors["bias"] = tensors["bias"].detach().float().requires_grad_()
-    actual = outputs_and_gradients(tensors, options, "tiled")
+    actual = outputs_and_gradients(tensors, options, "halo")
     expected = outputs_and_gradients(tensors, options, "naive")
     assert actual["bias"].dtype == torch.float32
     assert relative_error(actual["bias"], expected["bias"]) < 1e-2
@@ -253,7 +254,7 @@ def test_views_of_a_fused_projection(case):
         out = neighborhood_attention(q, k, v, **bias, **options, backend=backend)
         return out, *torch.autograd.grad(out.square().sum(), wide)
 
-    for actual, expected in zip(gradient("tiled"), gradient("naive"), strict=True):
+    for actual, expected in zip(gradient("halo"), gradient("naive"), strict=True):
         assert relative_error(actual, expected) < 1e-12
 
 
@@ -262,7 +263,7 @@ def test_batch_and_heads_with_unusual_strides():
     expected = neighborhood_attention(**tensors, **options, backend="naive")
     permuted = {name: x.detach().permute(3, 1, 0, 4, 2).contiguous().permute(2, 1, 4, 0, 3)
                 for name, x in tensors.items() if name != "bias"}
-    actual = neighborhood_attention(**permuted, bias=tensors["bias"], **options, backend="tiled")
+    actual = neighborhood_attention(**permuted, bias=tensors["bias"], **options, backend="halo")
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
@@ -278,7 +279,7 @@ def test_views_of_channels_first_maps(spatial):
         return out, *torch.autograd.grad(out, maps, weight.permute(0, 3, 4, 1, 2))
 
     for bias in (tensors["bias"], tensors["bias"].detach(), None):
-        for actual, expected in zip(gradients("tiled", bias), gradients("naive", bias), strict=True):
+        for actual, expected in zip(gradients("halo", bias), gradients("naive", bias), strict=True):
             assert relative_error(actual, expected) < 1e-12
 
 
@@ -288,7 +289,7 @@ def test_expanded_gradient(case):
     inputs = list(tensors.values())
     gradients = [
         torch.autograd.grad(neighborhood_attention(**tensors, **options, backend=backend).sum(), inputs)
-        for backend in ("tiled", "naive")
+        for backend in ("halo", "naive")
     ]
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
@@ -301,7 +302,7 @@ def test_gradient_of_some_inputs_only():
         actual, expected = (
             torch.autograd.grad(
                 neighborhood_attention(**detached, **options, backend=backend).square().sum(), tensors[name])[0]
-            for backend in ("tiled", "naive"))
+            for backend in ("halo", "naive"))
         assert relative_error(actual, expected) < 1e-12
 
 
@@ -316,14 +317,14 @@ def test_gradcheck(case):
     tensors, options = make(**case)
     names = list(tensors)
     torch.autograd.gradcheck(
-        lambda *xs: neighborhood_attention(**dict(zip(names, xs, strict=True)), **options, backend="tiled"),
+        lambda *xs: neighborhood_attention(**dict(zip(names, xs, strict=True)), **options, backend="halo"),
         tuple(tensors.values()))
 
 
 def test_same_result_twice_and_inputs_untouched():
     tensors, options = make(**CASES["chunks_of_heads"])
     before = {name: x.detach().clone() for name, x in tensors.items()}
-    first, second = (outputs_and_gradients(tensors, options, "tiled") for _ in range(2))
+    first, second = (outputs_and_gradients(tensors, options, "halo") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(before[name], tensors[name]) for name in before)
 
@@ -464,7 +465,7 @@ def test_transforms_of_torch_func(options):
     tensors, options = make((7, 9), 5, **options)
     tensors = {name: x.detach() for name, x in tensors.items()}
 
-    def loss(tensors, backend="tiled"):
+    def loss(tensors, backend="halo"):
         return neighborhood_attention(**tensors, **options, backend=backend).sin().sum()
 
     expected = torch.func.grad(loss)(tensors, "naive")
@@ -473,7 +474,7 @@ def test_transforms_of_torch_func(options):
     tangents = {name: torch.randn_like(x) for name, x in tensors.items()}
     (_, forward), (_, slow) = (
         torch.func.jvp(lambda x, backend=backend: loss(x, backend), (tensors,), (tangents,))
-        for backend in ("tiled", "naive"))
+        for backend in ("halo", "naive"))
     torch.testing.assert_close(forward, slow)
     assert forward.abs() > 0
     samples = {name: x if name == "bias" else x.unsqueeze(1) for name, x in tensors.items()}
@@ -518,10 +519,10 @@ def test_what_another_call_left_in_memory_does_not_matter():
              for size, dilation in (((23, 29), 1), ((23, 29), 3), ((64, 40), 1))]
     expected = [outputs_and_gradients(*case, "naive") for case in cases]
     for case, correct in zip(cases, expected, strict=True):
-        slab._memory.kept = torch.full((slab._WORKSPACE_BYTES // 4,), float("nan")).view(torch.uint8)
-        for actual, right in zip(outputs_and_gradients(*case, "tiled").values(), correct.values(), strict=True):
+        workspace(4 << 20, torch.float32).fill_(float("nan"))
+        for actual, right in zip(outputs_and_gradients(*case, "halo").values(), correct.values(), strict=True):
             torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-5)
-    slab._memory.kept = None
+    release_memory()
 
 
 def test_threads_do_not_share_memory():
@@ -554,8 +555,13 @@ def test_checkpointing_deepcopy_and_double_backward():
     torch.testing.assert_close(copy.deepcopy(module)(x), expected[0])
     x_ = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(module(x_).square().sum(), x_, create_graph=True)
-    with pytest.raises(RuntimeError, match="neighborhood_slab_backward"):
-        gradient.sum().backward()
+    gradient.square().sum().backward()
+    y = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        neighborhood_attention(*y.unbind(3), bias=module.bias, **module.options, backend="naive").square().sum(), y,
+        create_graph=True)
+    expected.square().sum().backward()
+    torch.testing.assert_close(x_.grad, y.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_meta_device_and_flop_count():
@@ -583,7 +589,7 @@ def test_natten_agrees(case):
     pytest.importorskip("natten", reason="natten is an optional dependency (pip install visionattn[natten])")
     tensors, options = make(**CASES[case], dtype=torch.float32)
     tensors = {name: x.detach() for name, x in tensors.items()}
-    actual = neighborhood_attention(**tensors, **options, backend="tiled")
+    actual = neighborhood_attention(**tensors, **options, backend="halo")
     expected = neighborhood_attention(**tensors, **options, backend="natten")
     torch.testing.assert_close(actual, expected, rtol=0, atol=3e-6)
 
@@ -631,7 +637,7 @@ def q_(*shape, **kwargs):
     (dict(additional_keys=q_(1, 5, 4, 8)), "additional_keys and additional_values go together"),
     (dict(additional_keys=q_(1, 5, 4, 8), additional_values=q_(1, 6, 4, 8)), r"must be \[batch, tokens, kv_heads"),
     (dict(backend="natten", bias=q_(4, 5, 5)), "backend 'natten' of neighborhood_attention cannot do this: natten"),
-    (dict(backend="fast"), "neighborhood_attention has no backend 'fast'; it has .*tiled, natten, naive"),
+    (dict(backend="fast"), "neighborhood_attention has no backend 'fast'; it has .*halo, natten, naive"),
 ])
 def test_wrong_call(changes, message):
     arguments = {"q": q_(), "k": q_(), "v": q_(), "kernel_size": 3, **changes}

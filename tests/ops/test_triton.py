@@ -188,9 +188,9 @@ def test_chosen_on_a_device_only():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_op, "choose", lambda problem, backend: problems.append(problem) or _op.backends["naive"])
         neighborhood_attention(q, q, q, 3)
-    assert _op.choose(problems[0]).name == "tiled"
+    assert _op.choose(problems[0]).name == "halo"
     assert _op.choose(problems[0]._replace(device="cuda")).name == "triton"
-    assert _op.choose(problems[0]._replace(device="cuda", additional=3)).name == "tiled"
+    assert _op.choose(problems[0]._replace(device="cuda", additional=3)).name == "halo"
     assert not dict((name, ok) for name, ok, _ in _op.explain(problems[0]._replace(dtype=torch.bfloat16)))["triton"]
 
 

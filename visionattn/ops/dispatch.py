@@ -1,4 +1,4 @@
-"""How an op finds the backend that runs a call.
+"""How an op finds the backend that runs a call, and what all calls have in common.
 
 An op (``neighborhood_attention``, ``routed_attention``, ...) is a list of backends in order of preference. A backend
 says in one function, ``supports``, whether it can do a problem and why not; the same answer chooses a backend
@@ -6,17 +6,30 @@ automatically, explains the choice (:func:`explain`) and words the error when a 
 
 A backend is asked for in one of three ways, the first that is given wins: the call's ``backend=``; a surrounding
 :func:`use_backend`; the environment variable ``VISIONATTN_BACKEND`` (names with commas between), read at import.
+
+What holds for every op and every backend is settled here, in :meth:`Op.run`:
+
+* Precision. Under autocast the inputs are cast to its dtype (float64 stays), as PyTorch does for its own attention;
+  the backend then runs with autocast off and computes in float32 or better, and rounds once, to the dtype of q.
+* Derivatives. Backends made of operators of ours have first derivatives in reverse mode; second ones are those of the
+  standard form (:func:`differentiated`). Where only standard operators will do (:func:`standard_only`), for exported
+  and traced graphs, transforms of ``torch.func`` and forward mode, a problem says so and backends choose accordingly.
+* Empty batches. They give an empty result and gradients of zero without asking a backend.
 """
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
-    "Backend", "BackendError", "Op", "any_problem", "cast_for_autocast", "chosen", "explain", "exporting",
+    "Backend", "BackendError", "Op", "any_problem", "cast_for_autocast", "chosen", "concrete", "differentiated",
+    "empty_result", "explain", "exporting", "in_forward_mode", "no_autocast", "operations", "standard_only",
     "transforming", "use_backend",
 ]
 
@@ -39,12 +52,14 @@ class Backend(NamedTuple):
             ``(False, reason)``.
         run: Computes the op. All backends of an op take the same arguments.
         automatic: Whether the backend may be chosen for a problem that it supports without being asked for.
+        aliases: Other names that users may ask for it by.
     """
 
     name: str
     supports: Callable[[Any], tuple[bool, str]]
     run: Callable[..., Any]
     automatic: Callable[[Any], bool] = lambda problem: True
+    aliases: tuple[str, ...] = ()
 
 
 class Op:
@@ -53,7 +68,19 @@ class Op:
     def __init__(self, name: str, backends: list[Backend]):
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
+        self._names = {alias: backend for backend in backends for alias in (backend.name, *backend.aliases)}
         _OPS[name] = self
+
+    def run(self, problem: Any, backend: str | None, *args: Any) -> Any:
+        """Runs ``problem`` on the backend that :meth:`choose` returns, with autocast off.
+
+        ``problem.device`` is the type of the device that the tensors of ``args`` are on.
+        """
+        run = self.choose(problem, backend).run
+        if not _autocast(problem.device):  # entering a context takes as long as a small operator
+            return run(*args)
+        with torch.autocast(problem.device, enabled=False):
+            return run(*args)
 
     def choose(self, problem: Any, backend: str | None = None) -> Backend:
         """Returns the backend that runs ``problem``.
@@ -65,19 +92,19 @@ class Op:
         Raises:
             BackendError: No such backend, or it cannot do the problem.
         """
-        wanted = backend or next((name for name in _requested if name in self.backends), None)
+        wanted = backend or next((name for name in _requested.get() or _defaults if name in self._names), None)
         if wanted is None:
             for candidate in self.backends.values():
                 if candidate.automatic(problem) and candidate.supports(problem)[0]:
                     return candidate
             reasons = "; ".join(f"{name}: {reason}" for name, _, reason in self.explain(problem))
             raise BackendError(f"no backend of {self.name} can do this: {reasons}")
-        if wanted not in self.backends:
+        if wanted not in self._names:
             raise BackendError(f"{self.name} has no backend {wanted!r}; it has {', '.join(self.backends)}")
-        ok, reason = self.backends[wanted].supports(problem)
+        ok, reason = self._names[wanted].supports(problem)
         if not ok:
             raise BackendError(f"backend {wanted!r} of {self.name} cannot do this: {reason}")
-        return self.backends[wanted]
+        return self._names[wanted]
 
     def explain(self, problem: Any) -> list[tuple[str, bool, str]]:
         """Returns ``(backend, can it, why not)`` for every backend, most preferred first."""
@@ -85,7 +112,13 @@ class Op:
 
 
 _OPS: dict[str, Op] = {}
-_requested: tuple[str, ...] = ()
+_requested: ContextVar[tuple[str, ...]] = ContextVar("visionattn_backends", default=())
+_defaults: tuple[str, ...] = ()  # those of VISIONATTN_BACKEND
+
+
+def operations() -> list[str]:
+    """The names of all ops."""
+    return list(_OPS)
 
 
 def explain(op: str, problem: Any) -> list[tuple[str, bool, str]]:
@@ -104,12 +137,49 @@ def _find(op: str) -> Op:
     return _OPS[op]
 
 
-def exporting() -> bool:
-    """Whether an op is being written into an exported graph, which is to hold standard operators only.
+@contextmanager
+def use_backend(*names: str) -> Iterator[None]:
+    """Within the context, every op that has one of the backends ``names`` runs it (the first named wins).
 
-    (PyTorch 2.11 says that it exports whenever Dynamo traces, for torch.compile too.)
+    Ops that have none of them choose automatically. Holds for the thread or the task that entered the context.
+
+    Raises:
+        BackendError: No op has a backend of that name.
     """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    _check_names(names)
+    token = _requested.set(names)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def read_environment() -> None:
+    """Takes the backends that ``VISIONATTN_BACKEND`` names as the default of the process."""
+    global _defaults
+    names = tuple(name.strip() for name in os.environ.get("VISIONATTN_BACKEND", "").split(",") if name.strip())
+    _check_names(names)
+    _defaults = names
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    known = {name for op in _OPS.values() for name in op._names}
+    for name in names:
+        if name not in known:
+            raise BackendError(f"no op has a backend {name!r}; known: {', '.join(sorted(known))}")
+
+
+# What kind of call this is.
+
+
+def exporting() -> bool:
+    """Whether an op is being written into a graph that is to hold standard operators only: an export or a trace.
+
+    (PyTorch 2.11 says that it exports whenever Dynamo traces, for torch.compile too; a strict export is Dynamo's work.)
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return torch.compiler._is_exporting_flag  # set by torch.export only
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def transforming() -> bool:
@@ -117,43 +187,70 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def in_forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether a tensor carries a tangent of forward-mode differentiation."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def standard_only(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors must consist of PyTorch's own operators."""
+    return exporting() or transforming() or in_forward_mode(*tensors)
+
+
+def concrete(*tensors: Tensor) -> bool:
+    """Whether values of tensors can be looked at: of real ones on the CPU, that are not being traced or transformed."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or transforming():
+        return False
+    return all(x.device.type == "cpu" and type(x) is Tensor and x.numel() > 0 for x in tensors)
+
+
+# What all calls have in common.
+
+
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts the inputs of an op to autocast's dtype where autocast is on, as PyTorch does for its own attention."""
     device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not _autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
 
 
-@contextmanager
-def use_backend(*names: str) -> Iterator[None]:
-    """Within the context, every op that has one of the backends ``names`` runs it (the first named wins).
+def no_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Keeps autocast from what is computed within; a context is entered only where that changes anything."""
+    return torch.autocast(device, enabled=False) if _autocast(device) else contextlib.nullcontext()
 
-    Ops that have none of them choose automatically. Holds for the whole process, not for one thread.
 
-    Raises:
-        BackendError: No op has a backend of that name.
+def _autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def empty_result(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Tensor:
+    """The result, of a shape without elements and in the dtype of the first tensor, that gives them zero gradients."""
+    first = tensors[0]
+    assert first is not None
+    zero = sum((x.sum() * 0 for x in tensors if x is not None and x.is_floating_point()), first.new_zeros(()))
+    return zero.to(first.dtype).expand(tuple(shape)).clone()
+
+
+def differentiated(
+        standard: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, in the backward pass of an operator that is no standard one.
+
+    Args:
+        standard: The same function of ``tensors``, made of operators that PyTorch can differentiate any number of
+            times.
+        tensors: Its arguments, as they were saved.
+        grad: Gradient of its result.
+        needed: Which of the arguments want a gradient.
     """
-    global _requested
-    _check_names(names)
-    before, _requested = _requested, names
-    try:
-        yield
-    finally:
-        _requested = before
-
-
-def read_environment() -> None:
-    """Takes the backends that ``VISIONATTN_BACKEND`` names as the default of the process."""
-    global _requested
-    names = tuple(name.strip() for name in os.environ.get("VISIONATTN_BACKEND", "").split(",") if name.strip())
-    _check_names(names)
-    _requested = names
-
-
-def _check_names(names: tuple[str, ...]) -> None:
-    known = {name for op in _OPS.values() for name in op.backends}
-    for name in names:
-        if name not in known:
-            raise BackendError(f"no op has a backend {name!r}; known: {', '.join(sorted(known))}")
+    with torch.enable_grad():
+        out = standard(*tensors)
+        wanted = [x for x, need in zip(tensors, needed, strict=True) if need and x is not None]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if need and x is not None else None for x, need in zip(tensors, needed, strict=True)]

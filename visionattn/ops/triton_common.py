@@ -26,7 +26,7 @@ def layout(x: Tensor) -> tuple[int, int, int]:
 
 def constants(q: Tensor, v: Tensor) -> dict[str, object]:
     """Compile-time constants that follow from the channels: widths, padded widths, keys per step, precision."""
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return dict(
         DQ=q.shape[-1], DV=v.shape[-1], BD=max(16, triton.next_power_of_2(q.shape[-1])),
         BV=max(16, triton.next_power_of_2(v.shape[-1])), BN=block_size(q, v), PRECISION="tf32" if tf32 else "ieee",

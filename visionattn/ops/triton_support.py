@@ -5,8 +5,6 @@ import os
 import torch
 from torch import Tensor
 
-from .dispatch import exporting, transforming
-
 __all__ = ["automatic", "supports", "token_strided"]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace the search
@@ -26,10 +24,8 @@ def supports(problem) -> tuple[bool, str]:
         return False, "triton's interpreter computes bfloat16 wrongly"
     if max(problem.head_dim, problem.value_dim) > _MAX_DIM:
         return False, f"the triton kernels take head dims up to {_MAX_DIM}"
-    if exporting():
-        return False, "an exported graph is made of standard operators"
-    if transforming():
-        return False, "torch.func transforms take standard operators only"
+    if problem.standard_only:
+        return False, "an exported graph, torch.func and forward mode take standard operators only"
     return True, ""
 
 

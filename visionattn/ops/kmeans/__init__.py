@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend, Op, any_problem
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, concrete, empty_result, standard_only
 from . import gathered, naive
 
 __all__ = ["KMeansProblem", "kmeans_attention"]
@@ -30,6 +30,7 @@ class KMeansProblem(NamedTuple):
     dtype: torch.dtype
     device: str
     requires_grad: bool
+    standard_only: bool = False
 
 
 _op = Op("kmeans_attention", [
@@ -74,13 +75,17 @@ def kmeans_attention(
         memory_value: ``[heads, clusters, m, value_dim]``, their values.
 
     Returns:
-        ``[batch, tokens, heads, value_dim]`` in the dtype of q.
+        ``[batch, tokens, heads, value_dim]`` in the dtype of q, or autocast's where that is on (computed in float32 or
+        better).
 
     Raises:
         ValueError: Arguments that do not fit each other; the message says which and what would fit. Indices are
             checked on CPU tensors only, as elsewhere the check would wait for the device.
         BackendError: ``backend`` cannot do this problem (a ValueError too).
     """
+    q, k, v = cast_for_autocast(q, k, v)
+    if memory_key is not None and memory_value is not None:
+        memory_key, memory_value = cast_for_autocast(memory_key, memory_value)
     _check_tokens(q, k, v)
     _check_indices(query_index, key_index, q)
     _check_extras(mask, memory_key, memory_value, q, v, query_index.shape[2])
@@ -90,10 +95,13 @@ def kmeans_attention(
         has_mask=mask is not None, mask_self=mask_self, num_memory=0 if memory_key is None else memory_key.shape[2],
         dtype=q.dtype, device=q.device.type,
         requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        standard_only=standard_only(q, k, v, memory_key, memory_value),
     )
-    return _op.choose(problem, backend).run(
-        q, k, v, query_index, key_index, q.shape[-1] ** -0.5 if scale is None else scale, mask, mask_self,
-        memory_key, memory_value)
+    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+        return empty_result(v.shape, (q, k, v, memory_key, memory_value))
+    return _op.run(
+        problem, backend, q, k, v, query_index, key_index, q.shape[-1] ** -0.5 if scale is None else scale, mask,
+        mask_self, memory_key, memory_value)
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -118,7 +126,7 @@ def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> None:
                              f"got {list(index.shape)}")
         if index.dtype != torch.int64 or index.device != q.device:
             raise ValueError(f"{name} must be int64 on {q.device}, got {index.dtype} on {index.device}")
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        if concrete(index):
             low, high = index.aminmax()
             if low < lowest or high >= tokens:
                 raise ValueError(f"{name} must hold {lowest} to {tokens - 1}, got {int(low)} to {int(high)}")

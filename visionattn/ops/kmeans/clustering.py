@@ -4,13 +4,11 @@
 by its direction alone. Everything is computed in float32 at least, under autocast too, so that a near tie falls the
 same way in training and afterwards, and in a fixed order, so that results repeat.
 """
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import exporting
+from ..dispatch import exporting, no_autocast
 
 __all__ = ["assign_tokens", "cluster_scores", "cluster_statistics", "commitment_loss", "top_tokens", "unit_tokens"]
 
@@ -32,8 +30,8 @@ def cluster_scores(tokens: Tensor, centroids: Tensor) -> Tensor:
     Returns:
         ``[batch, heads, clusters, tokens]``, without gradient. A token belongs to the cluster of its largest score.
     """
-    with _full_precision(tokens):
-        return centroids.detach() @ tokens.detach().mT
+    with no_autocast(tokens.device.type):
+        return centroids.detach() @ tokens.detach().transpose(-2, -1)
 
 
 def top_tokens(scores: Tensor, window: int) -> Tensor:
@@ -111,7 +109,7 @@ def cluster_statistics(tokens: Tensor, assignment: Tensor, num_clusters: int) ->
         num_clusters: Number of clusters.
     """
     members = assignment[:, :, None] == torch.arange(num_clusters, device=tokens.device)[:, None]
-    with _full_precision(tokens):  # a product has a fixed order, unlike scattered sums on a GPU
+    with no_autocast(tokens.device.type):  # a product has a fixed order, unlike scattered sums on a GPU
         sums = (members.to(tokens.dtype) @ tokens.detach()).sum(dim=0)
     return sums, members.sum(dim=(0, 3)).to(tokens.dtype)
 
@@ -121,11 +119,3 @@ def _order(x: Tensor, descending: bool = False) -> Tensor:
     if exporting():  # ONNX knows no stable sort by that name; its TopK, which this becomes, is stable
         return x.sort(dim=1, descending=descending).indices
     return x.argsort(dim=1, descending=descending, stable=True)
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager:
-    """Keeps autocast from the products within."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)

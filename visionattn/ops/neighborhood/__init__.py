@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast
-from . import naive, natten_backend, tiled, triton_backend
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only
+from . import halo, naive, natten_backend, triton_backend
 
 __all__ = ["NeighborhoodProblem", "neighborhood_attention"]
 
@@ -34,11 +34,12 @@ class NeighborhoodProblem(NamedTuple):
     dtype: torch.dtype
     device: str
     requires_grad: bool
+    standard_only: bool = False
 
 
 _op = Op("neighborhood_attention", [
     Backend("triton", triton_backend.supports, triton_backend.run, triton_support.automatic),
-    Backend("tiled", any_problem, tiled.run),
+    Backend("halo", any_problem, halo.run, aliases=("tiled",)),
     Backend("natten", natten_backend.supports, natten_backend.run),
     Backend("naive", any_problem, naive.run),
 ])
@@ -80,7 +81,7 @@ def neighborhood_attention(
             s, ``bias[head, (s - p) / dilation + kernel_size - 1]`` is added after scaling. Odd kernel sizes, no
             causal axis; dtype of q or float32.
         scale: Factor on ``q . k``; None means ``head_dim ** -0.5``.
-        backend: ``"triton"``, ``"tiled"``, ``"natten"`` or ``"naive"``; None chooses (see
+        backend: ``"triton"``, ``"halo"``, ``"natten"`` or ``"naive"``; None chooses (see
             :mod:`visionattn.ops.dispatch`).
         additional_keys: ``[batch, tokens, kv_heads, head_dim]``, keys that every query sees beside its window, in the
             same softmax.
@@ -117,9 +118,14 @@ def neighborhood_attention(
         has_bias=bias is not None, additional=0 if additional_keys is None else additional_keys.shape[1],
         return_lse=return_lse, dtype=q.dtype, device=q.device.type,
         requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        standard_only=standard_only(q, k, v, bias),
     )
-    out, lse = _op.choose(problem, backend).run(
-        q, k, v, kernel_size, dilation, stride, is_causal, bias,
+    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+        out = empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, bias, additional_keys, additional_values))
+        return (out, out.new_zeros(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))) \
+            if return_lse else out
+    out, lse = _op.run(
+        problem, backend, q, k, v, kernel_size, dilation, stride, is_causal, bias,
         q.shape[-1] ** -0.5 if scale is None else scale, additional_keys, additional_values, return_lse)
     return (out, lse) if return_lse else out
 

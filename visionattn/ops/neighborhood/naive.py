@@ -76,7 +76,7 @@ def run(
         scores = scores + bias.to(compute).flatten(1)[:, entry]
     scores = scores.masked_fill(~valid, -torch.inf)
     if additional_keys is not None:
-        scores = torch.cat([scores, q @ heads_first(additional_keys, group).mT], dim=-1)
+        scores = torch.cat([scores, q @ heads_first(additional_keys, group).transpose(-2, -1)], dim=-1)
     weights = scores.softmax(dim=-1)
     slots = key.shape[1]
     out = torch.einsum("bhqw,bhqwd->bhqd", weights[..., :slots], v[:, :, key])

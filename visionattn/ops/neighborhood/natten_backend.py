@@ -1,6 +1,6 @@
 """Neighborhood attention by the NATTEN library (https://natten.org), if it is installed.
 
-Behind ``tiled`` in the order of preference, so it runs only when it is asked for. On a CPU NATTEN has only its
+Behind ``halo`` in the order of preference, so it runs only when it is asked for. On a CPU NATTEN has only its
 FlexAttention path: forward only, time and memory quadratic in the tokens.
 """
 import importlib.util
@@ -17,6 +17,8 @@ def supports(problem) -> tuple[bool, str]:
         return False, "natten is not installed (pip install natten)"
     if problem.has_bias:
         return False, "natten has no relative position bias since version 0.20"
+    if problem.standard_only:
+        return False, "an exported graph, torch.func and forward mode take standard operators only"
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False, f"natten takes float32, float16 and bfloat16, not {problem.dtype}"
     if problem.device == "cuda":

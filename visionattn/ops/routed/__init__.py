@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, concrete, empty_result, standard_only
 from . import gathered, naive, triton_backend
 
 __all__ = ["RoutedProblem", "routed_attention"]
@@ -31,6 +31,7 @@ class RoutedProblem(NamedTuple):
     dtype: torch.dtype
     device: str
     requires_grad: bool
+    standard_only: bool = False
 
 
 _op = Op("routed_attention", [
@@ -69,7 +70,8 @@ def routed_attention(
             weight ("soft routing"). Gradients flow into it.
 
     Returns:
-        ``[batch, height, width, heads, value_dim]`` in the dtype of q, computed in float32 or better.
+        ``[batch, height, width, heads, value_dim]`` in the dtype of q, or autocast's where that is on (computed in
+        float32 or better).
 
     Raises:
         ValueError: Arguments that do not fit each other; the message says which and what would fit. Route indices are
@@ -86,9 +88,13 @@ def routed_attention(
         value_dim=v.shape[-1], topk=routes.shape[-1], shared_routes=routes.shape[1] == 1,
         has_route_weights=route_weights is not None, dtype=q.dtype, device=q.device.type,
         requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        standard_only=standard_only(q, k, v, route_weights),
     )
-    return _op.choose(problem, backend).run(
-        q, k, v, routes, sizes, key_region_size, q.shape[-1] ** -0.5 if scale is None else scale, route_weights)
+    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+        return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, route_weights))
+    return _op.run(
+        problem, backend, q, k, v, routes, sizes, key_region_size, q.shape[-1] ** -0.5 if scale is None else scale,
+        route_weights)
 
 
 def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[int, int]:
@@ -129,7 +135,7 @@ def _check_routes(routes: Tensor, q: Tensor, grid: tuple[int, int], route_weight
     if route_weights is not None and route_weights.shape != routes.shape:
         raise ValueError(f"route_weights must have the shape of routes, {list(routes.shape)}, got "
                          f"{list(route_weights.shape)}")
-    if routes.device.type == "cpu" and not torch.compiler.is_compiling():
+    if concrete(routes):
         low, high = routes.aminmax()
         if low < 0 or high >= regions:
             raise ValueError(f"routes must be region numbers 0 to {regions - 1}, got {int(low)} to {int(high)}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import exporting, transforming
+from ..dispatch import differentiated, standard_only
 from . import naive
 
 __all__ = ["run", "supports"]
@@ -44,9 +44,9 @@ def run(
         route_weights: Tensor | None,
 ) -> Tensor:
     """The public function with every argument explicit. The naive form stands for it where standard operators are
-    wanted: in exported graphs and under transforms of torch.func.
+    wanted: in exported graphs, under transforms of torch.func and in forward mode.
     """
-    if exporting() or transforming() or torch.jit.is_tracing():
+    if standard_only(q, k, v, route_weights):
         return naive.run(q, k, v, routes, region_size, key_region_size, scale, route_weights)
     return _forward(q, k, v, routes, route_weights, list(region_size), list(key_region_size), scale)[0]
 
@@ -63,28 +63,28 @@ def _forward(
         scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp ``[batch, height, width, heads]`` where the dense backward wants it, else 0."""
-    with torch.autocast(q.device.type, enabled=False):
-        if _is_dense(q, k, v, routes, route_weights):
-            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-                *(_tokens(x) for x in (q, k, v)), attn_mask=_mask(routes, q, k, region_size, key_region_size),
-                scale=scale)
-            return _to_map(out, q), lse.transpose(1, 2).contiguous().view(q.shape[:-1])
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        lse = q.new_zeros(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-        for images in _image_groups(q, k, v):
-            queries = _to_units(q[images], region_size).mul_(scale)
-            keys, values = _to_units(k[images], key_region_size), _to_units(v[images], key_region_size)
-            rows, weights = _unit_routes(routes[images], route_weights, images, q.shape[-2])
-            result = queries.new_empty(*queries.shape[:2], v.shape[-1])
-            for units in _chunks(queries, keys, values, rows):
-                scores = queries[units] @ _gather(keys, rows[units]).mT
-                if weights is not None:
-                    _by_region(scores, weights[units])
-                attention = torch.softmax(scores, dim=-1, out=scores)
-                if weights is not None:
-                    _by_region(attention, weights[units])
-                torch.bmm(attention, _gather(values, rows[units]), out=result[units])
-            _from_units(result, region_size, out[images])
+    if _is_dense(q, k, v, routes, route_weights):
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_tokens(x) for x in (q, k, v)), attn_mask=_mask(routes, q, k, region_size, key_region_size), scale=scale)
+        out = _to_map(out, q)
+        if _is_finite(out):
+            return out, lse.transpose(1, 2).contiguous().view(q.shape[:-1])
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse = q.new_zeros(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    for images in _image_groups(q, k, v):
+        queries = _to_units(q[images], region_size).mul_(scale)
+        keys, values = _to_units(k[images], key_region_size), _to_units(v[images], key_region_size)
+        rows, weights = _unit_routes(routes[images], route_weights, images, q.shape[-2])
+        result = queries.new_empty(*queries.shape[:2], v.shape[-1])
+        for units in _chunks(queries, keys, values, rows):
+            scores = queries[units] @ _gather(keys, rows[units]).transpose(-2, -1)
+            if weights is not None:
+                _by_region(scores, weights[units])
+            attention = torch.softmax(scores, dim=-1, out=scores)
+            if weights is not None:
+                _by_region(attention, weights[units])
+            torch.bmm(attention, _gather(values, rows[units]), out=result[units])
+        _from_units(result, region_size, out[images])
     return out, lse
 
 
@@ -108,48 +108,49 @@ def _backward(
         key_region_size: list[int],
         scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and (empty without such) route_weights, all contiguous."""
     grad_weights = q.new_zeros(routes.shape if route_weights is not None else 0,
                                dtype=torch.promote_types(q.dtype, torch.float32))
-    with torch.autocast(q.device.type, enabled=False):
-        if _is_dense(q, k, v, routes, route_weights):
-            gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(_tokens(x) for x in (grad, q, k, v, out)), lse.flatten(1, 2).transpose(1, 2), 0.0, False,
-                attn_mask=_mask(routes, q, k, region_size, key_region_size), scale=scale)
-            grad_q, grad_k, grad_v = (_to_map(x, like) for x, like in zip(gradients, (q, k, v), strict=True))
+    if _is_dense(q, k, v, routes, route_weights):
+        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_tokens(x) for x in (grad, q, k, v, out)), lse.flatten(1, 2).transpose(1, 2), 0.0, False,
+            attn_mask=_mask(routes, q, k, region_size, key_region_size), scale=scale)
+        grad_q, grad_k, grad_v = (_to_map(x, like) for x, like in zip(gradients, (q, k, v), strict=True))
+        if _is_finite(grad_q, grad_k, grad_v):
             return grad_q, grad_k, grad_v, grad_weights
-        grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-        for images in _image_groups(q, k, v):
-            queries, grads = _to_units(q[images], region_size).mul_(scale), _to_units(grad[images], region_size)
-            keys, values = _to_units(k[images], key_region_size), _to_units(v[images], key_region_size)
-            rows, weights = _unit_routes(routes[images], route_weights, images, q.shape[-2])
-            grad_queries = torch.empty_like(queries)
-            grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-            unit_grad_weights = queries.new_empty(rows.shape)
-            for units in _chunks(queries, keys, values, rows):
-                gathered_keys, gathered_values = _gather(keys, rows[units]), _gather(values, rows[units])
-                scores = queries[units] @ gathered_keys.mT
-                grad_attention = grads[units] @ gathered_values.mT
-                if weights is None:
-                    attention = torch.softmax(scores, dim=-1, out=scores)
-                    _scatter_add(grad_values, rows[units], attention.mT @ grads[units])
-                    grad_scores = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
-                else:
-                    w = weights[units]
-                    attention = torch.softmax(_by_region(scores.clone(), w), dim=-1)
-                    unit_grad_weights[units] = _sum_by_region(grad_attention * attention, w)
-                    grad_scores = torch._softmax_backward_data(
-                        _by_region(grad_attention, w), attention, -1, attention.dtype)
-                    unit_grad_weights[units] += _sum_by_region(grad_scores * scores, w)
-                    _scatter_add(grad_values, rows[units], _by_region(attention, w).mT @ grads[units])
-                    grad_scores = _by_region(grad_scores, w)
-                torch.bmm(grad_scores, gathered_keys, out=grad_queries[units])
-                _scatter_add(grad_keys, rows[units], grad_scores.mT @ queries[units])
-            _from_units(grad_queries.mul_(scale), region_size, grad_q[images])
-            _from_units(grad_keys, key_region_size, grad_k[images])
-            _from_units(grad_values, key_region_size, grad_v[images])
-            if weights is not None:
-                heads = unit_grad_weights.view(-1, q.shape[-2], *routes.shape[2:])
-                grad_weights[images] = heads.sum(dim=1, keepdim=True) if routes.shape[1] == 1 else heads
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for images in _image_groups(q, k, v):
+        queries, grads = _to_units(q[images], region_size).mul_(scale), _to_units(grad[images], region_size)
+        keys, values = _to_units(k[images], key_region_size), _to_units(v[images], key_region_size)
+        rows, weights = _unit_routes(routes[images], route_weights, images, q.shape[-2])
+        grad_queries = torch.empty_like(queries)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        unit_grad_weights = queries.new_empty(rows.shape)
+        for units in _chunks(queries, keys, values, rows):
+            gathered_keys, gathered_values = _gather(keys, rows[units]), _gather(values, rows[units])
+            scores = queries[units] @ gathered_keys.transpose(-2, -1)
+            grad_attention = grads[units] @ gathered_values.transpose(-2, -1)
+            if weights is None:
+                attention = torch.softmax(scores, dim=-1, out=scores)
+                _scatter_add(grad_values, rows[units], attention.transpose(-2, -1) @ grads[units])
+                grad_scores = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
+            else:
+                w = weights[units]
+                attention = torch.softmax(_by_region(scores.clone(), w), dim=-1)
+                unit_grad_weights[units] = _sum_by_region(grad_attention * attention, w)
+                grad_scores = torch._softmax_backward_data(
+                    _by_region(grad_attention, w), attention, -1, attention.dtype)
+                unit_grad_weights[units] += _sum_by_region(grad_scores * scores, w)
+                _scatter_add(grad_values, rows[units], _by_region(attention, w).transpose(-2, -1) @ grads[units])
+                grad_scores = _by_region(grad_scores, w)
+            torch.bmm(grad_scores, gathered_keys, out=grad_queries[units])
+            _scatter_add(grad_keys, rows[units], grad_scores.transpose(-2, -1) @ queries[units])
+        _from_units(grad_queries.mul_(scale), region_size, grad_q[images])
+        _from_units(grad_keys, key_region_size, grad_k[images])
+        _from_units(grad_values, key_region_size, grad_v[images])
+        if weights is not None:
+            heads = unit_grad_weights.view(-1, q.shape[-2], *routes.shape[2:])
+            grad_weights[images] = heads.sum(dim=1, keepdim=True) if routes.shape[1] == 1 else heads
     return grad_q, grad_k, grad_v, grad_weights
 
 
@@ -167,6 +168,14 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad, _):
     q, k, v, routes, route_weights, out, lse = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+        def standard(q, k, v, route_weights):
+            region_size, key_region_size, scale = ctx.options
+            return naive.run(q, k, v, routes, tuple(region_size), tuple(key_region_size), scale, route_weights)
+
+        needed = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]]
+        *found, grad_weights = differentiated(standard, (q, k, v, route_weights), grad, needed)
+        return *found, None, grad_weights, None, None, None
     grad_q, grad_k, grad_v, grad_weights = _backward(
         grad.contiguous(), q, k, v, routes, route_weights, out, lse, *ctx.options)
     grad_weights = None if route_weights is None else grad_weights.to(route_weights.dtype)
@@ -196,11 +205,16 @@ def _is_dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Te
             and tokens <= _DENSE_TOKENS and regions <= _DENSE_REGIONS * topk)
 
 
+def _is_finite(*results: Tensor) -> bool:
+    """Whether the dense form gave numbers only: an infinity reaches regions that are not listed there."""
+    return all(math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32))) for x in results)
+
+
 def _mask(routes: Tensor, q: Tensor, k: Tensor, region_size: list[int], key_region_size: list[int]) -> Tensor:
     """What is added to the scores of all tokens: minus infinity for regions that are not listed."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     times = routes.new_zeros(*routes.shape[:3], routes.shape[2], dtype=dtype)
-    times.scatter_add_(3, routes, torch.ones_like(routes, dtype=dtype))
+    times.scatter_add_(3, routes.long(), torch.ones_like(routes, dtype=dtype))
     mask = times.log_()  # a region that is listed twice counts twice in the softmax
     for axis, x, size in ((3, k, key_region_size), (2, q, region_size)):  # whole rows last, they are copied faster
         rows, columns = (torch.arange(x.shape[1 + i], device=q.device) // size[i] for i in range(2))
@@ -215,8 +229,8 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _to_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`_tokens`, in shape and dtype of ``like``."""
-    return tokens.transpose(1, 2).reshape(like.shape).to(like.dtype)
+    """The inverse of :func:`_tokens`, in shape and dtype of ``like``, contiguous."""
+    return tokens.transpose(1, 2).reshape(like.shape).to(like.dtype).contiguous()
 
 
 def _image_groups(q: Tensor, k: Tensor, v: Tensor) -> Iterator[slice]:
@@ -261,7 +275,7 @@ def _unit_routes(
     """The units whose keys a unit attends to, ``[units, topk]``, and their weights."""
     count, _, regions, topk = routes.shape
     first = torch.arange(count * heads, device=routes.device).view(count, heads, 1, 1) * regions
-    rows = (routes + first).view(-1, topk)
+    rows = (routes + first).reshape(-1, topk)
     if route_weights is None:
         return rows, None
     weights = route_weights[images].expand(-1, heads, -1, -1).reshape(-1, topk)

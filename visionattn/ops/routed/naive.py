@@ -48,7 +48,7 @@ def run(
     if route_weights is not None:
         weights = route_weights.to(compute)[..., None, None]
         k, v = k * weights, v * weights
-    attention = (q @ k.flatten(3, 4).mT).softmax(dim=-1)
+    attention = (q @ k.flatten(3, 4).transpose(-2, -1)).softmax(dim=-1)
     return merge_regions(attention @ v.flatten(3, 4), region_size, height, width).to(dtype)
 
 

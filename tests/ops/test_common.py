@@ -1,0 +1,405 @@
+"""What holds for every op and every backend: precision, derivatives, transforms, traces, odd values, empty batches."""
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from visionattn.ops import (
+    BackendError,
+    agent_attention,
+    kmeans_attention,
+    neighborhood_attention,
+    routed_attention,
+    use_backend,
+)
+
+
+class Call(NamedTuple):
+    """A call of an op: what is differentiated, what is not, and the rest."""
+
+    op: Callable[..., Tensor]
+    tensors: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    options: dict[str, Any]
+
+    def __call__(self, *tensors: Tensor, **more: Any) -> Tensor:
+        given = dict(zip(self.tensors, tensors, strict=True)) if tensors else self.tensors
+        return self.op(**given, **self.tables, **self.options | more)
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        return self._replace(tensors={name: x.to(dtype) for name, x in self.tensors.items()})
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
+        return self._replace(tensors={name: change(x) for name, x in self.tensors.items()},
+                             tables={name: change(x) for name, x in self.tables.items()})
+
+
+def qkv(*shape: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for name in "qkv"}
+
+
+def neighborhood(*size: int, bias: bool = False, dtype: torch.dtype = torch.float64, **options) -> Call:
+    tensors = qkv(2, *size, 2, 8, dtype=dtype)
+    if bias:
+        sides = [2 * options["kernel_size"] - 1] * len(size)
+        tensors["bias"] = torch.randn(2, *sides, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return Call(neighborhood_attention, tensors, {}, options)
+
+
+def routed(grid: int, topk: int, dtype: torch.dtype = torch.float64) -> Call:
+    generator = torch.Generator().manual_seed(1)
+    routes = torch.stack([torch.randperm(grid ** 2, generator=generator)[:topk] for _ in range(2 * 2 * grid ** 2)])
+    return Call(routed_attention, qkv(2, 4 * grid, 4 * grid, 2, 8, dtype=dtype),
+                {"routes": routes.view(2, 2, grid ** 2, topk)}, {"region_size": 4})
+
+
+def kmeans(masked: bool = False, dtype: torch.dtype = torch.float64) -> Call:
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randperm(16, generator=generator).view(1, 1, 4, 4).expand(2, 2, 4, 4)
+    tables = {"query_index": index, "key_index": index}
+    if masked:
+        tables["mask"] = torch.ones(2, 16, dtype=torch.bool).index_fill_(1, index[0, 0, 1], False)
+    return Call(kmeans_attention, qkv(2, 16, 2, 8, dtype=dtype), tables, {})
+
+
+def agents(bias: bool = False, dtype: torch.dtype = torch.float64) -> Call:
+    tensors = qkv(2, 20, 2, 8, dtype=dtype)
+    tensors["agents"] = tensors["q"][:, :4] + 1
+    if bias:
+        generator = torch.Generator().manual_seed(1)
+        tensors["agent_bias"] = torch.randn(2, 4, 20, generator=generator).to(dtype)
+        tensors["query_bias"] = torch.randn(2, 20, 4, generator=generator).to(dtype)
+    return Call(agent_attention, tensors, {}, {})
+
+
+CALLS = {
+    "whole map": neighborhood(5, 5, kernel_size=5),
+    "whole map, bias": neighborhood(5, 5, kernel_size=5, bias=True),
+    "dense classes": neighborhood(9, 10, kernel_size=3, dilation=2),
+    "dense classes, bias": neighborhood(9, 10, kernel_size=3, dilation=2, bias=True),
+    "slabs": neighborhood(17, 16, kernel_size=3),
+    "slabs, bias": neighborhood(16, 19, kernel_size=5, bias=True),
+    "strided": neighborhood(16, 15, kernel_size=4, stride=2),
+    "one axis": neighborhood(21, kernel_size=5),
+    "one axis, bias": neighborhood(21, kernel_size=5, bias=True),
+    "three axes": neighborhood(4, 5, 3, kernel_size=3),
+    "causal": neighborhood(8, 9, kernel_size=3, is_causal=True),
+    "routed densely": routed(2, 2),
+    "routed": routed(5, 3),
+    "clusters": kmeans(),
+    "clusters, mask": kmeans(masked=True),
+    "agents": agents(),
+    "agents, bias": agents(bias=True),
+}
+FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
+        agent_attention: "fused"}
+both_backends = pytest.mark.parametrize("backend", ["fast", "naive"])
+
+
+@pytest.fixture(params=CALLS)
+def call(request) -> Call:
+    return CALLS[request.param]
+
+
+def named(call: Call, backend: str) -> str:
+    return FAST[call.op] if backend == "fast" else backend
+
+
+def differentiable(call: Call) -> list[Tensor]:
+    return [x.clone().requires_grad_() for x in call.tensors.values()]
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@both_backends
+def test_autocast_rounds_inputs_and_result_only(call, backend, dtype):
+    """As in float32 with inputs that were rounded: what is between is not."""
+    call = call.to(torch.float32)
+    rounded = call._replace(tensors={
+        name: x if "bias" in name else x.to(dtype).float() for name, x in call.tensors.items()})
+    expected = rounded(backend="naive")
+    with torch.autocast("cpu", dtype):
+        actual = call(backend=named(call, backend))
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), expected.to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@both_backends
+def test_half_precision_is_rounded_once(call, backend, dtype):
+    call = call.to(dtype)
+    actual = call(backend=named(call, backend))
+    assert actual.dtype == dtype
+    expected = call.to(torch.float32)(backend="naive").to(dtype)
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@both_backends
+def test_autocast_leaves_float64(call, backend):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(backend=named(call, backend)).dtype == torch.float64
+
+
+@both_backends
+def test_mixed_dtypes(call, backend):
+    """Refused in one line; under autocast the same as of one dtype."""
+    call = call.to(torch.float32)
+    mixed = call._replace(tensors=call.tensors | {"k": call.tensors["k"].bfloat16()})
+    with pytest.raises(ValueError, match=r"k is torch\.bfloat16 on cpu, but q is torch\.float32 on cpu"):
+        mixed(backend=named(call, backend))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mixed(backend=named(call, backend)), call(backend=named(call, backend)))
+
+
+@both_backends
+def test_masked_rows_under_autocast(backend):
+    """A query that sees none of its keys gets their mean, whatever the dtype."""
+    call = kmeans(masked=True, dtype=torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        out = call(backend=named(call, backend))
+    cluster = call.tables["query_index"][0, 0, 1]
+    mean = call.tensors["v"][:, cluster].mean(dim=1, keepdim=True).expand(-1, 4, -1, -1)
+    torch.testing.assert_close(out[:, cluster].float(), mean, rtol=2e-3, atol=2e-3)
+
+
+# Derivatives
+
+
+@both_backends
+def test_forward_mode(call, backend):
+    """The tangent is that of finite differences, through torch.func and through dual numbers."""
+    backend = named(call, backend)
+    tensors = list(call.tensors.values())
+    tangents = [torch.randn(x.shape, generator=torch.Generator().manual_seed(7 + i), dtype=x.dtype)
+                for i, x in enumerate(tensors)]
+    step = 1e-6
+    ahead, behind = (call(*(x + sign * step * t for x, t in zip(tensors, tangents, strict=True)), backend=backend)
+                     for sign in (1, -1))
+    expected = (ahead - behind) / (2 * step)
+    _, tangent = torch.func.jvp(lambda *xs: call(*xs, backend=backend), tuple(tensors), tuple(tangents))
+    torch.testing.assert_close(tangent, expected, rtol=1e-5, atol=1e-7)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(tensors, tangents, strict=True)]
+        tangent = forward_ad.unpack_dual(call(*duals, backend=backend)).tangent
+    torch.testing.assert_close(tangent, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["whole map", "slabs, bias", "routed densely", "routed", "clusters", "agents"])
+def test_jacobians_agree(name):
+    call = CALLS[name]
+    q, *rest = call.tensors.values()
+
+    def scalar(x):
+        return call(q + x, *rest).square().sum(dim=tuple(range(1, q.ndim)))
+
+    x = torch.zeros(q.shape[-1], dtype=q.dtype)
+    torch.testing.assert_close(torch.func.jacfwd(scalar)(x), torch.func.jacrev(scalar)(x))
+
+
+@both_backends
+def test_second_derivatives(call, backend):
+    """The gradient of a gradient's norm, as finite differences give it."""
+    backend = named(call, backend)
+
+    def penalty(tensors):
+        out = call(*tensors, backend=backend)
+        grads = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        return sum(g.square().sum() for g in grads)
+
+    tensors = differentiable(call)
+    grads = torch.autograd.grad(penalty(tensors), tensors)
+    directions = [torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=x.dtype)
+                  for i, x in enumerate(tensors)]
+    step = 1e-6
+    ahead, behind = (
+        penalty([(x + sign * step * d).detach().requires_grad_() for x, d in zip(tensors, directions, strict=True)])
+        for sign in (1, -1))
+    expected = (ahead - behind) / (2 * step)
+    actual = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    torch.testing.assert_close(actual, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@both_backends
+def test_per_sample_gradients(call, backend):
+    """torch.func.vmap of a gradient is a loop of gradients."""
+    backend = named(call, backend)
+    batched = [name for name, x in {**call.tensors, **call.tables}.items() if "bias" not in name]
+    everything = {**call.tensors, **call.tables}
+
+    def loss(sample):
+        return call.op(**everything | {name: sample[name][None] for name in batched}, **call.options,
+                       backend=backend).square().sum()
+
+    def gradient(q, others):
+        return torch.func.grad(lambda q: loss({"q": q, **others}))(q)
+
+    others = {name: everything[name] for name in batched if name != "q"}
+    actual = torch.func.vmap(gradient)(everything["q"], others)
+    expected = torch.stack([
+        gradient(everything["q"][i], {name: x[i] for name, x in others.items()}) for i in range(2)])
+    torch.testing.assert_close(actual, expected)
+
+
+@both_backends
+@pytest.mark.parametrize("name", ["routed", "routed densely", "clusters"])
+def test_vmap_over_tables(name, backend):
+    call = CALLS[name]
+    tables = {key: torch.stack([x, x.flip(0)]) for key, x in call.tables.items()}
+
+    def run(tables):
+        return call.op(**call.tensors, **tables, **call.options, backend=named(call, backend))
+
+    actual = torch.func.vmap(run)(tables)
+    expected = torch.stack([run({key: x[i] for key, x in tables.items()}) for i in range(2)])
+    torch.testing.assert_close(actual, expected)
+
+
+# Odd values and sizes
+
+
+@both_backends
+def test_empty_batch(call, backend):
+    call = call._replace(
+        tensors={name: x if "bias" in name else x[:0] for name, x in call.tensors.items()},
+        tables={name: x[:0] for name, x in call.tables.items()})
+    tensors = differentiable(call)
+    out = call(*tensors, backend=named(call, backend))
+    assert out.shape == (0, *call.tensors["q"].shape[1:])
+    for x, grad in zip(tensors, torch.autograd.grad(out.sum(), tensors), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_a_value_that_is_no_number_stays_where_it_is_seen(call, where, value):
+    """In whatever backend, the queries that do not attend to it get what they got without it."""
+    call = call.to(torch.float32)
+    tensors = call.tensors | {where: call.tensors[where].clone()}
+    tensors[where].flatten(1, -3)[0, 3, 1, 2] = value  # image 0, a token, head 1, a channel
+    spoilt = call._replace(tensors=tensors)
+    actual, expected = (spoilt(backend=named(call, backend)) for backend in ("fast", "naive"))
+    torch.testing.assert_close(actual.isfinite(), expected.isfinite())
+    torch.testing.assert_close(
+        actual.where(expected.isfinite(), 0), expected.where(expected.isfinite(), 0), rtol=1e-4, atol=1e-5)
+    assert actual[1].isfinite().all()
+
+
+def test_gradients_of_values_that_are_no_numbers():
+    call = neighborhood(17, 16, kernel_size=3, dtype=torch.float32)
+    tensors = call.tensors | {"v": call.tensors["v"].clone()}
+    tensors["v"][0, 3, 3] = float("nan")
+    grads = {}
+    for backend in ("halo", "naive"):
+        leaves = differentiable(call._replace(tensors=tensors))
+        grads[backend] = torch.autograd.grad(call(*leaves, backend=backend).sum(), leaves)
+    for actual, expected in zip(grads["halo"], grads["naive"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@both_backends
+def test_strides_do_not_matter(call, backend):
+    backend = named(call, backend)
+    expected = call(backend=backend)
+    for change in (lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+                   lambda x: torch.stack([x, x], dim=-1)[..., 0]):
+        torch.testing.assert_close(call.map(change)(backend=backend), expected)
+
+
+# Traces, fake tensors, threads
+
+
+@both_backends
+def test_fake_tensors_give_shapes_and_leave_nothing(call, backend):
+    """A pass without values works, and the real calls after it are as if it had not been."""
+    backend = named(call, backend)
+    expected = call(backend=backend)
+    with FakeTensorMode() as mode:
+        fake = call.map(mode.from_tensor)(backend=backend)
+    assert (fake.shape, fake.dtype, fake.stride()) == (expected.shape, expected.dtype, expected.stride())
+    actual = call(backend=backend)
+    assert type(actual) is Tensor
+    assert torch.equal(actual, expected)
+
+
+class Module(nn.Module):
+    def __init__(self, call: Call, backend: str):
+        super().__init__()
+        self.call, self.backend = call, backend
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.call(*tensors, backend=self.backend)
+
+
+@both_backends
+def test_traces_hold_standard_operators(call, backend):
+    """jit.trace and both kinds of torch.export."""
+    call = call.to(torch.float32)
+    module, inputs = Module(call, named(call, backend)), tuple(call.tensors.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(module, inputs)
+    assert "visionattn::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(*inputs), module(*inputs))
+    for strict in (False, True):
+        program = torch.export.export(module, inputs, strict=strict)
+        assert "visionattn." not in str(program.graph)
+        torch.testing.assert_close(program.module()(*inputs), module(*inputs))
+
+
+@both_backends
+def test_gradients_are_contiguous(call, backend):
+    """Compiled graphs count on what the fake operators say."""
+    tensors = differentiable(call)
+    out = call(*tensors, backend=named(call, backend))
+    grads = torch.autograd.grad(out, tensors, torch.randn_like(out))
+    for x, grad in zip(tensors, grads, strict=True):
+        assert grad.shape == x.shape
+
+
+def test_compiled_training_step(call):
+    torch.compiler.reset()
+    module = Module(call, FAST[call.op])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run in (module, compiled):
+        tensors = differentiable(call)
+        out = run(*tensors)
+        grads.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_use_backend_holds_for_its_thread():
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with use_backend("tiled"):
+            entered.set()
+            leave.wait()
+
+    call = CALLS["slabs"]
+    naive = call(backend="naive")
+    with use_backend("naive"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        entered.wait()
+        assert torch.equal(call(), naive)
+    leave.set()
+    thread.join()
+    assert torch.equal(call(), call(backend="halo"))
+
+
+def test_the_old_name_works():
+    call = CALLS["slabs"]
+    assert torch.equal(call(backend="tiled"), call(backend="halo"))
+    with pytest.raises(BackendError, match="it has triton, halo, natten, naive"):
+        call(backend="tile")

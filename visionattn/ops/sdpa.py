@@ -1,0 +1,78 @@
+"""PyTorch's ``scaled_dot_product_attention`` with the derivatives that its fused kernels lack: second, forward."""
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import differentiated, exporting, in_forward_mode, transforming
+
+__all__ = ["sdpa"]
+
+_aten = torch.ops.aten
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attention ``[batch, heads, queries, value_dim]`` of ``q``, ``k`` and ``v`` ``[batch, heads, tokens, dim]``.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: What is added to the scores, in the dtype of q, of a shape that broadcasts to theirs.
+        scale: Factor on ``q . k``; None means ``head_dim ** -0.5``.
+
+    Returns:
+        The attention in the dtype of q, computed in float32 or better on a CPU. It can be differentiated any number of
+        times, in forward mode too.
+    """
+    if transforming() or in_forward_mode(q, k, v, mask):
+        return _plain(q, k, v, mask, scale)
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # There the kernels round between their products; those of accelerators sum in float32.
+        wide = None if mask is None else mask.float()
+        return sdpa(q.float(), k.float(), v.float(), wide, scale).to(q.dtype)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and _is_fused(q, k, v, mask):
+        return _Fused.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch would run its fused kernel for CPUs, with gradients."""
+    if torch.compiler.is_compiling() or exporting() or not (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    if (mask is not None and mask.requires_grad) or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    return (q.ndim == 4 and q.shape[-1] == v.shape[-1] and q.numel() > 0 and k.numel() > 0
+            and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """The definition, in float32 or better."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(compute) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(compute).transpose(-2, -1)
+    if mask is not None:
+        scores = scores + mask.to(compute)
+    return (scores.softmax(dim=-1) @ v.to(compute)).to(q.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """PyTorch's fused kernels; a gradient that is to be differentiated again is that of the definition."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        wide = mask if mask is None or mask.ndim in (2, 4) else mask.expand(*q.shape[:-1], k.shape[-2])
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=wide, scale=scale)
+        ctx.save_for_backward(q, k, v, wide, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = differentiated(
+                lambda q, k, v: _plain(q, k, v, mask, ctx.scale), (q, k, v), grad, ctx.needs_input_grad[:3])
+            return *found, None, None
+        return *_aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale), None, None
