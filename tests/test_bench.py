@@ -130,7 +130,7 @@ def test_backends(capsys, monkeypatch):
     assert f"torch {torch.__version__.split('+')[0]}" in table
     rows = rows_of(table, "neighborhood_attention")
     assert len(rows) == 8
-    assert all(row["tiled"] == "chosen" and row["naive"] == "yes" and row["triton"].startswith("(") for row in rows)
+    assert all(row["halo"] == "chosen" and row["naive"] == "yes" and row["triton"].startswith("(") for row in rows)
     assert "triton compiles for cuda devices, not for cpu" in table
     assert all(row["gathered"] == "chosen" for row in rows_of(table, "routed_attention"))
 
@@ -141,7 +141,7 @@ def test_backends_says_what_was_asked_for(monkeypatch):
     with use_backend("triton"):
         rows = rows_of(bench.backend_table(), "neighborhood_attention")
     single = [row for row in rows if row["dtype"] == "float32"]
-    assert all(row["triton"] == "chosen" and row["tiled"] == "yes" for row in single)
+    assert all(row["triton"] == "chosen" and row["halo"] == "yes" for row in single)
     half = [row for row in rows if row["dtype"] == "bfloat16"]  # a call would raise
     assert all("chosen" not in row.values() and row["triton"].startswith("(") for row in half)
 

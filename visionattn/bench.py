@@ -26,7 +26,8 @@ from torch import Tensor
 
 from . import __version__
 from .ops import BackendError, dispatch, neighborhood_attention, routed_attention
-from .ops.neighborhood import NeighborhoodProblem, naive, slab
+from .ops.kept import release_memory
+from .ops.neighborhood import NeighborhoodProblem, naive
 from .ops.routed import RoutedProblem
 from .simulate import simulate
 
@@ -597,7 +598,7 @@ def _peak_memory(work: Callable[[], Any], device: str) -> float:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter on stderr
-    slab.release_memory()  # so that it is counted
+    release_memory()  # so that it is counted
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -53,20 +53,34 @@ def neighborhood(*size: int, bias: bool = False, dtype: torch.dtype = torch.floa
     return Call(neighborhood_attention, tensors, {}, options)
 
 
-def routed(grid: int, topk: int, dtype: torch.dtype = torch.float64) -> Call:
+def routed(grid: int, topk: int, weighted: bool = False, dtype: torch.dtype = torch.float64) -> Call:
     generator = torch.Generator().manual_seed(1)
-    routes = torch.stack([torch.randperm(grid ** 2, generator=generator)[:topk] for _ in range(2 * 2 * grid ** 2)])
-    return Call(routed_attention, qkv(2, 4 * grid, 4 * grid, 2, 8, dtype=dtype),
-                {"routes": routes.view(2, 2, grid ** 2, topk)}, {"region_size": 4})
+    heads = 1 if weighted else 2
+    routes = torch.stack([torch.randperm(grid ** 2, generator=generator)[:topk] for _ in range(2 * heads * grid ** 2)])
+    routes = routes.view(2, heads, grid ** 2, topk)
+    tensors = qkv(2, 4 * grid, 4 * grid, 2, 8, dtype=dtype)
+    if weighted:
+        tensors["route_weights"] = torch.randn(routes.shape, generator=generator).to(dtype)
+    return Call(routed_attention, tensors, {"routes": routes}, {"region_size": 4})
 
 
-def kmeans(masked: bool = False, dtype: torch.dtype = torch.float64) -> Call:
+def kmeans(
+        masked: bool = False, memory: bool = False, empty: bool = False, mask_self: bool = False,
+        dtype: torch.dtype = torch.float64,
+) -> Call:
     generator = torch.Generator().manual_seed(1)
     index = torch.randperm(16, generator=generator).view(1, 1, 4, 4).expand(2, 2, 4, 4)
     tables = {"query_index": index, "key_index": index}
     if masked:
         tables["mask"] = torch.ones(2, 16, dtype=torch.bool).index_fill_(1, index[0, 0, 1], False)
-    return Call(kmeans_attention, qkv(2, 16, 2, 8, dtype=dtype), tables, {})
+        tables["mask"][0, index[0, 0, 2, 0]] = False  # in the cluster of others
+    if empty:
+        tables["query_index"] = index.masked_fill(torch.rand(index.shape, generator=generator) < 0.3, -1)
+    tensors = qkv(2, 16, 2, 8, dtype=dtype)
+    if memory:
+        tensors["memory_key"], tensors["memory_value"] = (
+            torch.randn(2, 4, 3, 8, generator=generator).to(dtype) for _ in range(2))
+    return Call(kmeans_attention, tensors, tables, {"mask_self": mask_self})
 
 
 def agents(bias: bool = False, dtype: torch.dtype = torch.float64) -> Call:
@@ -93,13 +107,17 @@ CALLS = {
     "causal": neighborhood(8, 9, kernel_size=3, is_causal=True),
     "routed densely": routed(2, 2),
     "routed": routed(5, 3),
+    "routed, weights": routed(3, 2, weighted=True),
     "clusters": kmeans(),
     "clusters, mask": kmeans(masked=True),
+    "clusters, memory, empty places": kmeans(memory=True, empty=True),
+    "clusters, mask, not themselves": kmeans(masked=True, mask_self=True),
     "agents": agents(),
     "agents, bias": agents(bias=True),
 }
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
         agent_attention: "fused"}
+SHARED = ("bias", "memory")  # what has no batch
 both_backends = pytest.mark.parametrize("backend", ["fast", "naive"])
 
 
@@ -125,7 +143,8 @@ def test_autocast_rounds_inputs_and_result_only(call, backend, dtype):
     """As in float32 with inputs that were rounded: what is between is not."""
     call = call.to(torch.float32)
     rounded = call._replace(tensors={
-        name: x if "bias" in name else x.to(dtype).float() for name, x in call.tensors.items()})
+        name: x if "bias" in name or name == "route_weights" else x.to(dtype).float()
+        for name, x in call.tensors.items()})
     expected = rounded(backend="naive")
     with torch.autocast("cpu", dtype):
         actual = call(backend=named(call, backend))
@@ -193,6 +212,31 @@ def test_forward_mode(call, backend):
     torch.testing.assert_close(tangent, expected, rtol=1e-5, atol=1e-7)
 
 
+@both_backends
+def test_forward_mode_along_one_tensor(call, backend):
+    """Whichever it is: the others carry no tangent."""
+    tensors = list(call.tensors.values())
+    for i, x in enumerate(tensors):
+        tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=x.dtype)
+        ahead, behind = (
+            call(*tensors[:i], x + sign * 1e-6 * tangent, *tensors[i + 1:], backend=named(call, backend))
+            for sign in (1, -1))
+        with forward_ad.dual_level():
+            out = call(*tensors[:i], forward_ad.make_dual(x, tangent), *tensors[i + 1:], backend=named(call, backend))
+            actual = forward_ad.unpack_dual(out).tangent
+        torch.testing.assert_close(actual, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+@both_backends
+def test_all_gradients_twice(call, backend):
+    """Against finite differences, also of the incoming gradient."""
+    def run(*tensors):
+        return call(*tensors, backend=named(call, backend))
+
+    assert torch.autograd.gradcheck(run, differentiable(call), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, differentiable(call), fast_mode=True)
+
+
 @pytest.mark.parametrize("name", ["whole map", "slabs, bias", "routed densely", "routed", "clusters", "agents"])
 def test_jacobians_agree(name):
     call = CALLS[name]
@@ -232,7 +276,7 @@ def test_second_derivatives(call, backend):
 def test_per_sample_gradients(call, backend):
     """torch.func.vmap of a gradient is a loop of gradients."""
     backend = named(call, backend)
-    batched = [name for name, x in {**call.tensors, **call.tables}.items() if "bias" not in name]
+    batched = [name for name in {**call.tensors, **call.tables} if not any(part in name for part in SHARED)]
     everything = {**call.tensors, **call.tables}
 
     def loss(sample):
@@ -263,13 +307,23 @@ def test_vmap_over_tables(name, backend):
     torch.testing.assert_close(actual, expected)
 
 
+def test_tables_are_checked_under_vmap_too():
+    q = torch.randn(1, 4, 4, 2, 8)
+    routes = torch.arange(5).view(5, 1, 1, 1, 1).expand(5, 1, 1, 4, 1)
+    with pytest.raises(ValueError, match="routes must be region numbers 0 to 3, got 0 to 4"):
+        torch.func.vmap(lambda routes: routed_attention(q, q, q, routes, 2))(routes)
+    q, index = torch.randn(1, 4, 2, 8), torch.zeros(3, 1, 2, 2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="key_index must hold 0 to 3, got -1 to -1"):
+        torch.func.vmap(lambda index: kmeans_attention(q, q, q, index, index - 1))(index)
+
+
 # Odd values and sizes
 
 
 @both_backends
 def test_empty_batch(call, backend):
     call = call._replace(
-        tensors={name: x if "bias" in name else x[:0] for name, x in call.tensors.items()},
+        tensors={name: x if any(part in name for part in SHARED) else x[:0] for name, x in call.tensors.items()},
         tables={name: x[:0] for name, x in call.tables.items()})
     tensors = differentiable(call)
     out = call(*tensors, backend=named(call, backend))
@@ -282,6 +336,8 @@ def test_empty_batch(call, backend):
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_a_value_that_is_no_number_stays_where_it_is_seen(call, where, value):
     """In whatever backend, the queries that do not attend to it get what they got without it."""
+    if call.options.get("mask_self") and where == "k":
+        pytest.skip("a key that is no number is felt by its own token, too")
     call = call.to(torch.float32)
     tensors = call.tensors | {where: call.tensors[where].clone()}
     tensors[where].flatten(1, -3)[0, 3, 1, 2] = value  # image 0, a token, head 1, a channel
@@ -291,6 +347,56 @@ def test_a_value_that_is_no_number_stays_where_it_is_seen(call, where, value):
     torch.testing.assert_close(
         actual.where(expected.isfinite(), 0), expected.where(expected.isfinite(), 0), rtol=1e-4, atol=1e-5)
     assert actual[1].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("backend", ["gathered", "naive"])
+def test_values_that_are_no_numbers_stay_in_their_regions(backend, which, value):
+    """Forward and backward."""
+    q, k, v = tensors = [x.requires_grad_() for x in torch.randn(3, 1, 4, 4, 1, 8)]
+    routes = torch.tensor([[0, 1], [1, 2], [2, 3], [1, 3]])[None, None]
+    with torch.no_grad():
+        tensors[which][0, 0, 0] = value  # in region 0, to which only region 0 attends; it attends to region 1 as well
+    out = routed_attention(q, k, v, routes, 2, backend=backend)
+    touched = ~out.isfinite().flatten(-2).all(-1)
+    assert touched[:, :2, :2].any()
+    touched[:, :2, :2] = False
+    assert not touched.any()
+    for i, gradient in enumerate(torch.autograd.grad(out.sum(), tensors)):
+        finite = gradient.isfinite().flatten(-2).all(-1)
+        assert finite[:, 2:].all()  # regions 2 and 3
+        assert i > 0 or finite[:, :, 2:].all()
+
+
+@pytest.mark.parametrize("backend", ["gathered", "naive"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_values_that_are_no_numbers_stay_in_their_cluster(backend, which):
+    tensors = [x.requires_grad_() for x in torch.randn(3, 1, 9, 1, 8)]
+    index = torch.arange(9).view(1, 1, 3, 3)
+    places = index.clone()
+    places[..., 2, 2] = -1  # an empty place, which stands for no token
+    with torch.no_grad():
+        tensors[which][0, [0, -1][which % 2]] = torch.nan
+    out = kmeans_attention(*tensors, places, index, backend=backend)
+    own = slice(6, 9) if which % 2 else slice(3)
+    others = [i for i in range(9) if i not in range(9)[own]]
+    assert out[:, own].isnan().any()
+    assert out[:, others].isfinite().all()
+    for gradient in torch.autograd.grad(out.sum(), tensors):
+        assert gradient[:, others].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["gathered", "naive"])
+@pytest.mark.parametrize("token", [0, 8])
+def test_an_empty_place_feels_no_token(backend, token):
+    q, k, v = tensors = [x.requires_grad_() for x in torch.randn(3, 1, 9, 1, 8)]
+    index = torch.arange(9).view(1, 1, 3, 3)
+    with torch.no_grad():
+        q[0, token] = torch.nan
+    out = kmeans_attention(q, k, v, index.masked_fill(index == 4, -1), index, backend=backend)
+    for gradient in torch.autograd.grad(out.sum(), tensors):
+        assert gradient[:, 3:6].isfinite().all()
 
 
 def test_gradients_of_values_that_are_no_numbers():
@@ -308,10 +414,16 @@ def test_gradients_of_values_that_are_no_numbers():
 @both_backends
 def test_strides_do_not_matter(call, backend):
     backend = named(call, backend)
-    expected = call(backend=backend)
-    for change in (lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    results = []
+    for change in (lambda x: x, lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
                    lambda x: torch.stack([x, x], dim=-1)[..., 0]):
-        torch.testing.assert_close(call.map(change)(backend=backend), expected)
+        tensors = [change(x).requires_grad_() for x in call.tensors.values()]
+        out = call._replace(tables={name: change(x) for name, x in call.tables.items()})(*tensors, backend=backend)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), tensors)])
+        assert all(map(torch.equal, tensors, call.tensors.values()))  # what is given is not written to
+    for changed in results[1:]:
+        for actual, expected in zip(changed, results[0], strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 # Traces, fake tensors, threads
@@ -328,6 +440,52 @@ def test_fake_tensors_give_shapes_and_leave_nothing(call, backend):
     actual = call(backend=backend)
     assert type(actual) is Tensor
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@both_backends
+def test_fake_gradients(call, backend, dtype):
+    """What compiled graphs count on: shapes, strides, dtypes and devices of results and gradients."""
+    backend, call = named(call, backend), call.to(dtype)
+
+    def results(call):
+        tensors = differentiable(call)
+        out = call(*tensors, backend=backend)
+        return [out, *torch.autograd.grad(out.sum(), tensors)]
+
+    with FakeTensorMode() as mode:
+        fake = results(call.map(mode.from_tensor))
+    for a, b in zip(fake, results(call), strict=True):
+        assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+@both_backends
+def test_meta_device(call, backend):
+    out = call.map(lambda x: x.to("meta"))(backend=named(call, backend))
+    expected = call(backend=named(call, backend))
+    assert out.device.type == "meta"
+    assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*")
+@pytest.mark.parametrize("gradients", [False, True])
+@both_backends
+def test_jit_trace(call, backend, gradients):
+    """Without a warning, with PyTorch's own check of a second run, and for batches of any size."""
+    call = call.to(torch.float32)
+    call = call._replace(tensors={
+        name: x.detach().requires_grad_(gradients) for name, x in call.tensors.items()})
+    names = [*call.tensors, *call.tables]
+
+    def run(*tensors):
+        return call.op(**dict(zip(names, tensors, strict=True)), **call.options, backend=named(call, backend))
+
+    inputs = (*call.tensors.values(), *call.tables.values())
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(run, inputs)
+        again = [x if any(part in name for part in SHARED) else torch.cat([x, x[:1]])
+                 for name, x in zip(names, inputs, strict=True)]
+        torch.testing.assert_close(traced(*again), run(*again))
 
 
 class Module(nn.Module):
@@ -355,16 +513,6 @@ def test_traces_hold_standard_operators(call, backend):
         torch.testing.assert_close(program.module()(*inputs), module(*inputs))
 
 
-@both_backends
-def test_gradients_are_contiguous(call, backend):
-    """Compiled graphs count on what the fake operators say."""
-    tensors = differentiable(call)
-    out = call(*tensors, backend=named(call, backend))
-    grads = torch.autograd.grad(out, tensors, torch.randn_like(out))
-    for x, grad in zip(tensors, grads, strict=True):
-        assert grad.shape == x.shape
-
-
 def test_compiled_training_step(call):
     torch.compiler.reset()
     module = Module(call, FAST[call.op])
@@ -376,6 +524,26 @@ def test_compiled_training_step(call):
         grads.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
     for actual, expected in zip(*grads, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_threads():
+    expected = {name: call() for name, call in CALLS.items()}
+    errors = []
+
+    def work():
+        try:
+            for _ in range(10):
+                for name, call in CALLS.items():
+                    torch.testing.assert_close(call(), expected[name])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
 
 
 def test_use_backend_holds_for_its_thread():

@@ -11,8 +11,8 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents
-from ..ops.dispatch import exporting
-from .bias_cache import cached
+from ..ops.dispatch import exporting, numbers, transforming
+from ..ops.kept import keep
 
 __all__ = ["AgentAttention", "BiasTables", "compose_bias", "resize"]
 
@@ -146,14 +146,14 @@ class AgentAttention(nn.Module):
 
     @torch.jit.ignore  # TorchScript need not look into an op that chooses its backend
     def _attend(self, qkv: Tensor, local: Tensor, height: int, width: int) -> Tensor:
-        size, prefix, dim = (height, width), self.num_prefix_tokens, qkv.shape[-1] // 3
+        size, prefix, dim = numbers((height, width)), self.num_prefix_tokens, qkv.shape[-1] // 3
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         agents = pool_agents(qkv[:, prefix:, :dim].unflatten(1, size), self.agent_grid)
         x = agent_attention(
             q, k, v, agents.unflatten(-1, (self.num_heads, -1)),
             compose_bias(self.agent_bias, size, self.agents, self.agent_grid, qkv.dtype),
             compose_bias(self.query_bias, size, self.agents, self.agent_grid, qkv.dtype, agents_last=True)).flatten(2)
-        if torch.is_grad_enabled() or exporting():
+        if torch.is_grad_enabled() or exporting() or transforming():
             return x + F.pad(local, (0, 0, prefix, 0))
         x[:, prefix:].add_(local)
         return x
@@ -170,7 +170,7 @@ def compose_bias(
     """The bias of tables: the coarse map at the size of the map, plus a term of the row and one of the column.
 
     All is interpolated bilinearly, over the positions and, where the grid of agents is not that of the tables, over
-    the agents. In inference on the CPU a bias is composed once (:mod:`visionattn.layers.bias_cache`), unless it has
+    the agents. In inference on the CPU a bias is composed once (:mod:`visionattn.ops.kept`), unless it has
     more than 200,000 entries.
 
     Args:
@@ -196,21 +196,22 @@ def compose_bias(
         if agents_last:
             coarse, rows, columns, *prefix = (table.movedim(1, -1) for table in (coarse, rows, columns, *prefix))
             bias = (over_rows @ (over_columns @ coarse).flatten(2)).unflatten(2, (width, -1))
-            bias = bias.add_(rows).add_(columns).flatten(1, 2)
+            bias = (bias + rows + columns).flatten(1, 2)
         else:
-            bias = (over_rows @ (coarse @ over_columns.mT)).add_(rows).add_(columns).flatten(2)
+            bias = (over_rows @ (coarse @ over_columns.transpose(-2, -1)) + rows + columns).flatten(2)
         return torch.cat([*prefix, bias], dim=1 if agents_last else 2).to(dtype)
 
     # The more a bias has entries, the less its composition costs beside its use, and the more memory it takes.
-    if torch.compiler.is_compiling() or tables.map.shape[0] * math.prod(agent_grid) * math.prod(size) > _KEPT_ENTRIES:
+    heads, = numbers(tables.map.shape[:1])
+    if torch.compiler.is_compiling() or heads * math.prod(agent_grid) * math.prod(size) > _KEPT_ENTRIES:
         return compose()
-    return cached(tables, (size, agent_grid, dtype, agents_last), compose, sources)
+    return keep("agent bias", (size, agent_grid, dtype, agents_last), compose, sources=sources, owner=tables)
 
 
 def resize(x: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """Interpolates ``[N, C, height, width]`` to another size, without antialiasing; its own size changes nothing."""
     # A symbolic size (export) must not be compared: the answer would hold for the example's size only.
-    if all(isinstance(n, int) for n in size) and x.shape[2:] == size:
+    if all(isinstance(n, int) for n in size) and numbers(x.shape[2:]) == tuple(size):
         return x
     dtype = torch.promote_types(x.dtype, torch.float32)
     return F.interpolate(x.to(dtype), size=cast("list[int]", size), mode=mode).to(x.dtype)
@@ -220,11 +221,11 @@ def _resize_agents(table: Tensor, agents: tuple[int, int], agent_grid: tuple[int
     """Interpolates the second axis of a table ``[num_heads, agents, ...]`` as a grid."""
     if agents == agent_grid:
         return table
-    grid = table.flatten(2).mT.unflatten(2, agents)
-    return resize(grid, agent_grid).flatten(2).mT.unflatten(2, table.shape[2:])
+    grid = table.flatten(2).transpose(-2, -1).unflatten(2, agents)
+    return resize(grid, agent_grid).flatten(2).transpose(-2, -1).unflatten(2, table.shape[2:])
 
 
 def _interpolation(old: int, new: int, like: Tensor) -> Tensor:
     """``[new, old]``: linear interpolation of ``old`` values to ``new`` ones as a matrix."""
     identity = torch.eye(old, dtype=like.dtype, device=like.device)
-    return F.interpolate(identity[None], size=new, mode="linear")[0].mT
+    return F.interpolate(identity[None], size=new, mode="linear")[0].transpose(-2, -1)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ops import routed_attention
+from ..ops.dispatch import numbers
+from .full import attend
 
 __all__ = ["BiLevelRoutingAttention", "FullAttention"]
 
@@ -68,6 +70,8 @@ class BiLevelRoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, height, width, dim]`` to the same."""
         height, width = x.shape[1], x.shape[2]
+        if not torch.jit.is_scripting():
+            height, width = numbers((height, width))
         grid, region_size = _cut(height, width, self.n_win, self.pad == "input")
         if self.pad == "input":
             x = _pad_to_regions(x, grid, region_size)
@@ -128,8 +132,9 @@ class FullAttention(nn.Module):
         batch, height, width, dim = x.shape
         qkv = self.qkv(x)
         lepe = self.lepe((qkv[..., 2 * dim:] if self.lepe_of == "value" else x).permute(0, 3, 1, 2))
-        q, k, v = qkv.reshape(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
+        q, k, v = qkv.reshape(
+            batch, height * width, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = attend(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)
         return self.proj(x + lepe.permute(0, 2, 3, 1))
 
 
@@ -144,7 +149,7 @@ def _cut(height: int, width: int, n_win: int, round_up: bool) -> Tuple[Tuple[int
 @torch.jit.ignore
 def _pad_to_regions(x: Tensor, grid: Tuple[int, int], region_size: Tuple[int, int]) -> Tensor:  # noqa: UP006
     """Adds zeros to ``[batch, height, width, dim]`` at the bottom and on the right until the regions are full."""
-    rows, columns = grid[0] * region_size[0] - x.shape[1], grid[1] * region_size[1] - x.shape[2]
+    rows, columns = numbers((grid[0] * region_size[0] - x.shape[1], grid[1] * region_size[1] - x.shape[2]))
     if statically_known_true(rows == 0) and statically_known_true(columns == 0):
         return x  # where F.pad would copy
     return F.pad(x, (0, 0, 0, columns, 0, rows))
@@ -161,7 +166,7 @@ def _attend(
         topk: int,
 ) -> Tensor:
     """Routed attention on maps ``[batch, height, width, dim]`` of any size."""
-    height, width, dim = q.shape[1:]
+    (height, width, dim), grid, region_size = numbers(q.shape[1:]), numbers(grid), numbers(region_size)
     routes = _route(q, k, grid, region_size, topk)
     q, k, v = (_pad_to_regions(t, grid, region_size).unflatten(-1, (num_heads, -1)) for t in (q, k, v))
     x = routed_attention(q, k, v, routes, region_size, scale=dim ** -0.5)
@@ -171,15 +176,16 @@ def _attend(
 def _route(q: Tensor, k: Tensor, grid: tuple[int, int], region_size: tuple[int, int], topk: int) -> Tensor:
     """The ``topk`` key regions, best first, of every query region: ``[batch, 1, regions, topk]``."""
     q_mean, k_mean = (_region_means(t.detach(), grid, region_size) for t in (q, k))
-    logits = (q_mean * q.shape[-1] ** -0.5) @ k_mean.mT
-    return logits.topk(min(topk, logits.shape[-1]), dim=-1).indices[:, None]
+    logits = (q_mean * q.shape[-1] ** -0.5) @ k_mean.transpose(-2, -1)
+    return logits.topk(min(topk, *numbers(logits.shape[-1:])), dim=-1).indices[:, None]
 
 
 def _region_means(x: Tensor, grid: tuple[int, int], region_size: tuple[int, int]) -> Tensor:
     """Means over the regions of ``[batch, height, width, dim]``, ``[batch, regions, dim]``; padding does not count."""
     dtype = torch.promote_types(x.dtype, torch.float32)
+    grid, region_size = numbers(grid), numbers(region_size)
     rows, columns = ((size - step * torch.arange(count, device=x.device)).clamp(max=step).to(dtype)
-                     for size, step, count in zip(x.shape[1:3], region_size, grid, strict=True))
+                     for size, step, count in zip(numbers(x.shape[1:3]), region_size, grid, strict=True))
     x = _pad_to_regions(x, grid, region_size)
     x = x.unflatten(2, (grid[1], region_size[1])).unflatten(1, (grid[0], region_size[0])).sum(dim=(2, 4), dtype=dtype)
     return (x / (rows[:, None, None] * columns[:, None])).flatten(1, 2)

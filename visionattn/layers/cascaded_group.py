@@ -11,7 +11,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .bias_cache import cached
+from ..ops.dispatch import numbers
+from ..ops.kept import keep
 from .conv_norm import ConvNorm
 
 __all__ = ["CascadedGroupAttention", "expand_bias_table", "resize_bias_table"]
@@ -30,7 +31,7 @@ class CascadedGroupAttention(nn.Module):
 
     The bias is a table with an entry for every distance ``(|dy|, |dx|)`` within a window, ``rpb [num_heads,
     window_size ** 2]``, looked up for every pair of tokens: anew in training, once in inference
-    (:func:`visionattn.layers.bias_cache.cached`).
+    (:func:`visionattn.ops.kept.keep`).
 
     Args:
         dim: Channels.
@@ -104,17 +105,17 @@ class CascadedGroupAttention(nn.Module):
         for i, (to_qkv, conv) in enumerate(zip(self.qkvs, self.convs)):  # noqa: B905 - TorchScript has no strict
             q, k, v = to_qkv(parts[i] + out if i else out).split(self.widths, dim=1)
             # The channels-last maps are read as [windows, tokens, channels] in place, by the products' strides.
-            scores = torch.baddbmm(biases[i], conv(q).flatten(2).mT, k.flatten(2), alpha=self.scale)
-            tokens = scores.softmax(-1) @ v.flatten(2).mT
-            out = tokens.mT.unflatten(2, size)
+            scores = torch.baddbmm(biases[i], conv(q).flatten(2).transpose(1, 2), k.flatten(2), alpha=self.scale)
+            tokens = scores.softmax(-1) @ v.flatten(2).transpose(1, 2)
+            out = tokens.transpose(1, 2).unflatten(2, size)
             outputs.append(tokens)
-        return torch.cat(outputs, dim=2).mT.unflatten(2, size)
+        return torch.cat(outputs, dim=2).transpose(1, 2).unflatten(2, size)
 
     @torch.jit.ignore
     def _bias(self) -> Tensor:
         """The bias of every query and key of a window, ``[num_heads, size ** 2, size ** 2]``."""
         table, size = self.rpb, self.window_size
-        return cached(self, size, lambda: expand_bias_table(table, size), (table,))
+        return keep("window bias", size, lambda: expand_bias_table(table, size), sources=[table], owner=self)
 
 
 def expand_bias_table(table: Tensor, window_size: int) -> Tensor:
@@ -139,8 +140,8 @@ def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
 @torch.jit.ignore
 def _pad_to_multiples(x: Tensor, size: int) -> Tensor:
     """Adds zeros to ``[batch, dim, height, width]`` at the bottom and on the right up to multiples of ``size``."""
-    bottom, right = -x.shape[2] % size, -x.shape[3] % size
-    known = bool if torch.jit.is_tracing() else statically_known_true  # sizes are tensors when torch.jit.trace runs
-    if known(bottom == 0) and known(right == 0):
+    height, width = numbers(x.shape[2:])
+    bottom, right = -height % size, -width % size
+    if statically_known_true(bottom == 0) and statically_known_true(right == 0):
         return x  # where F.pad would copy
     return F.pad(x, (0, right, 0, bottom))

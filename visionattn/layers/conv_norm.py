@@ -104,7 +104,7 @@ class PointwiseConv(nn.Module):
             return F.conv2d(x, self.weight.t()[:, :, None, None], self.bias)
         batch, dim, height, width = x.shape
         y = torch.addmm(self.bias, x.permute(0, 2, 3, 1).reshape(-1, dim), self.weight)
-        return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return y.unflatten(0, [batch, height, width]).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         """Shown when the module is printed."""

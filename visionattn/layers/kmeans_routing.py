@@ -18,7 +18,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import kmeans_attention
-from ..ops.dispatch import exporting
+from ..ops.dispatch import larger, numbers, smaller, transforming
 from ..ops.kmeans.clustering import (
     assign_tokens,
     cluster_scores,
@@ -128,7 +128,7 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
     @torch.jit.ignore
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Routed attention on maps ``[batch, height, width, dim]``."""
-        height, width = q.shape[1], q.shape[2]
+        height, width = numbers(q.shape[1:3])
         q, k, v = (t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         units = [unit_tokens(t if self.training else t.detach()) for t in (q, k)]
         # A backward pass that runs a training forward is gradient checkpointing: it must find the centroids of the
@@ -136,6 +136,9 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         recomputing = self.training and _in_backward()
         directions = self._directions if recomputing else F.normalize(self.centroids.to(units[0].dtype), dim=-1)
         q_scores, k_scores = (cluster_scores(t, directions) for t in units)
+        if self.training and transforming():
+            raise RuntimeError("k-means routing learns its centroids in training, for which transforms of torch.func "
+                               "have no place: call eval() before, or use torch.autograd")
         if self.training:
             tokens = torch.cat(units, dim=2)
             owners = torch.cat([q_scores.argmax(dim=2), k_scores.argmax(dim=2)], dim=2)
@@ -144,7 +147,7 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
                 self._directions = directions
                 self.keep_auxiliary_loss("commitment", loss)
                 self._update(tokens.detach(), owners)
-        window = _window(q.shape[1], self.num_clusters)
+        window = _window(height * width, self.num_clusters)
         take = assign_tokens if self.assignment == "capacity" else top_tokens
         x = kmeans_attention(q, k, v, take(q_scores, window), top_tokens(k_scores, window))
         return x.flatten(-2).unflatten(1, (height, width))
@@ -154,9 +157,11 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         sums, sizes = cluster_statistics(tokens, owners, self.num_clusters)
         # For clusters that start anew: tokens spread over the batch, the first process's.
         batch, _, count, _ = tokens.shape
-        index = (torch.arange(self.num_clusters, device=tokens.device) * _GOLDEN % 1 * (batch * count)).long()
-        index = index.clamp(max=batch * count - 1)
-        seeds = tokens[index // count, :, index % count].transpose(0, 1)
+        seeds = torch.zeros_like(sums)
+        if tokens.numel():
+            index = (torch.arange(self.num_clusters, device=tokens.device) * _GOLDEN % 1 * (batch * count)).long()
+            index = index.clamp(max=batch * count - 1)
+            seeds = tokens[index // count, :, index % count].transpose(0, 1)
         if dist.is_available() and dist.is_initialized():
             statistics = torch.cat([sums, sizes[..., None], seeds * (dist.get_rank() == 0)], dim=-1)
             dist.all_reduce(statistics)
@@ -167,15 +172,17 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         sums = torch.lerp(sums / unit[..., None], self.centroids.to(sums.dtype), self.decay)
         mean = sizes.mean(dim=-1, keepdim=True)
         dead = sizes < _DEAD * mean
-        self.centroids.copy_(torch.where(dead[..., None], seeds * mean[..., None], sums))
-        self.cluster_sizes.copy_(torch.where(dead, mean, sizes))
+        sums = torch.where(dead[..., None], seeds * mean[..., None], sums)
+        # Nothing is learnt from no tokens at all (0 / 0), nor from a batch with an infinity or NaN in it.
+        known = sums.isfinite().all(dim=-1).all(dim=-1) & sizes.isfinite().all(dim=-1)
+        self.centroids.copy_(torch.where(known[:, None, None], sums, self.centroids.to(sums.dtype)))
+        self.cluster_sizes.copy_(
+            torch.where(known[:, None], torch.where(dead, mean, sizes), self.cluster_sizes.to(sizes.dtype)))
 
 
 def _window(tokens: int, num_clusters: int) -> int:
     """Tokens that a cluster takes."""
-    # Symbolic sizes (export) must not be compared: the answer would hold for the example's size only.
-    larger, smaller = (torch.sym_max, torch.sym_min) if exporting() else (max, min)  # type: ignore[assignment]
-    return smaller(larger(-(-tokens // num_clusters), num_clusters), tokens)  # type: ignore[return-value]
+    return smaller(larger(-(-tokens // num_clusters), num_clusters), tokens)
 
 
 def _in_backward() -> bool:

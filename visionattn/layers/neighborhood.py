@@ -5,7 +5,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from ..ops import neighborhood_attention
-from ..ops.dispatch import exporting
+from ..ops.dispatch import larger
 
 __all__ = ["NeighborhoodAttention2d"]
 
@@ -90,8 +90,6 @@ class NeighborhoodAttention2d(nn.Module):
 @torch.jit.ignore
 def _pad_to(x: Tensor, size: int) -> Tensor:
     """Pads a map with zeros at the bottom and the right, to ``size`` tokens per axis at least."""
-    # A symbolic size (export) must not be compared: the answer would hold for the example's size only.
-    larger = torch.sym_max if exporting() else max
     pad_h, pad_w = larger(size - x.shape[1], 0), larger(size - x.shape[2], 0)
     if isinstance(pad_h, int) and isinstance(pad_w, int) and pad_h == pad_w == 0:
         return x

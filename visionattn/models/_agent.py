@@ -12,7 +12,7 @@ from timm.layers import calculate_drop_path_rates, register_notrace_module, to_2
 from torch import Tensor, nn
 
 from ..layers.agent import AgentAttention, resize
-from ..layers.bias_cache import cached
+from ..ops.kept import keep
 from ._builder import cfg
 from .nat import Backbone, Block, Stage
 
@@ -73,9 +73,9 @@ class PositionEmbedding(nn.Module):
         size = (height, width)
         if size == self.size:
             return self.table
-        return cached(
-            self, size, lambda: resize_positions(self.table, self.size, size, self.num_prefix_tokens, self.mode),
-            [self.table])
+        return keep(
+            "positions", size, lambda: resize_positions(self.table, self.size, size, self.num_prefix_tokens, self.mode),
+            sources=[self.table], owner=self)
 
 
 class AgentBackbone(Backbone):

@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging, window_partition, window_reverse
 from torch import Tensor, nn
 
-from ..layers.bias_cache import cached
+from ..ops.kept import keep
 from ._agent import AgentBackbone, Grid, agent_cfg, our_tables
 from ._builder import build_model
 from .nat import resize_rpb
@@ -90,8 +90,8 @@ class WindowAttention(nn.Module):
         """Attention within windows of queries, keys and values, and these windows as a map again."""
         padded, shift = _layout((height, width), self.window_size, self.shift, self.always_shift)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = cached(
-            self, (padded, shift, qkv.dtype), lambda: _bias(self.rpb, padded, shift).to(qkv.dtype), [self.rpb])
+        bias = keep("shifted windows", (padded, shift, qkv.dtype), lambda: _bias(self.rpb, padded, shift).to(qkv.dtype),
+                    sources=[self.rpb], owner=self)
         if any(shift):  # a mask of its own for every window
             bias = bias.expand(qkv.shape[0] // bias.shape[0], -1, -1, -1, -1).flatten(0, 1)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(*qkv.shape[:3], -1)

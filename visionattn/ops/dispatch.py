@@ -29,8 +29,8 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "Backend", "BackendError", "Op", "any_problem", "cast_for_autocast", "chosen", "concrete", "differentiated",
-    "empty_result", "explain", "exporting", "in_forward_mode", "no_autocast", "operations", "standard_only",
-    "transforming", "use_backend",
+    "empty_result", "explain", "exporting", "in_forward_mode", "larger", "no_autocast", "numbers", "operations",
+    "smaller", "standard_only", "transforming", "untraced", "use_backend",
 ]
 
 
@@ -206,6 +206,41 @@ def concrete(*tensors: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or transforming():
         return False
     return all(x.device.type == "cpu" and type(x) is Tensor and x.numel() > 0 for x in tensors)
+
+
+def untraced() -> contextlib.AbstractContextManager:
+    """Keeps ``torch.jit.trace`` from what is done within, where sizes are numbers and may be compared."""
+    return _untraced() if torch.jit.is_tracing() else contextlib.nullcontext()
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def numbers(sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """Sizes of a tensor as numbers, also where ``torch.jit.trace`` has tensors for them: the trace is for these."""
+    if not torch.jit.is_tracing():
+        return tuple(sizes)
+    with untraced():  # a trace would warn that it is for these sizes
+        return tuple(int(size) if isinstance(size, Tensor) else size for size in sizes)
+
+
+def larger(a: Any, b: Any) -> Any:
+    """The larger of two sizes; symbolic ones (export) are not compared, as that would hold for the example's only."""
+    a, b = numbers((a, b))
+    return torch.sym_max(a, b) if exporting() and not torch.jit.is_tracing() else max(a, b)
+
+
+def smaller(a: Any, b: Any) -> Any:
+    """The smaller of two sizes, likewise."""
+    a, b = numbers((a, b))
+    return torch.sym_min(a, b) if exporting() and not torch.jit.is_tracing() else min(a, b)
 
 
 # What all calls have in common.

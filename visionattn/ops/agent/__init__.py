@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import fused, naive
 from .pooling import pool_agents
 
@@ -68,20 +68,22 @@ def agent_attention(
         BackendError: There is no such backend (a ValueError too).
     """
     q, k, v, agents = cast_for_autocast(q, k, v, agents)
-    _check(q, k, v, agents)
-    heads, count = q.shape[2], agents.shape[1]
-    _check_bias("agent_bias", agent_bias, (heads, count, k.shape[1]), q)
-    _check_bias("query_bias", query_bias, (heads, q.shape[1], count), q)
-    problem = AgentProblem(
-        queries=q.shape[1], keys=k.shape[1], agents=count, heads=heads, head_dim=q.shape[3], value_dim=v.shape[3],
-        has_agent_bias=agent_bias is not None, has_query_bias=query_bias is not None, dtype=q.dtype,
-        device=q.device.type,
-        requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        standard_only=standard_only(q, k, v, agents))
+    standard = standard_only(q, k, v, agents, agent_bias, query_bias)
+    with untraced():
+        _check(q, k, v, agents)
+        heads, count = q.shape[2], agents.shape[1]
+        _check_bias("agent_bias", agent_bias, (heads, count, k.shape[1]), q)
+        _check_bias("query_bias", query_bias, (heads, q.shape[1], count), q)
+        problem = AgentProblem(
+            queries=q.shape[1], keys=k.shape[1], agents=count, heads=heads, head_dim=q.shape[3], value_dim=v.shape[3],
+            has_agent_bias=agent_bias is not None, has_query_bias=query_bias is not None, dtype=q.dtype,
+            device=q.device.type,
+            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            standard_only=standard)
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, agents, agent_bias, query_bias))
     return _op.run(
-        problem, backend, q, k, v, agents, agent_bias, query_bias, q.shape[3] ** -0.5 if scale is None else scale)
+        problem, backend, q, k, v, agents, agent_bias, query_bias, problem.head_dim ** -0.5 if scale is None else scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> None:

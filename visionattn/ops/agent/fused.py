@@ -3,12 +3,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import exporting
+from ..dispatch import standard_only
 from ..sdpa import sdpa
 
 __all__ = ["run"]
 
-# With fewer keys PyTorch's CPU kernel (2.15) takes three times as long as with so many, a vector's width.
+# With fewer keys, a vector's width, PyTorch's CPU kernel (2.15) takes three times as long, and loses NaN.
 _CPU_KEYS = 16
 
 
@@ -26,15 +26,16 @@ def run(
     # On a CPU, half precision is rounded once, at the end; the kernels of accelerators want it as it is.
     compute = torch.promote_types(dtype, torch.float32) if device == "cpu" else dtype
     q, k, v, agents = (x.to(compute).transpose(1, 2) for x in (q, k, v, agents))
-    gathered = sdpa(agents, k, v, _for_all(agent_bias, q), scale)
-    missing = _CPU_KEYS - agents.shape[2]
-    if missing > 0 and device == "cpu" and not exporting():
-        agents, gathered = (F.pad(x, (0, 0, 0, missing)) for x in (agents, gathered))
-        query_bias = q.new_zeros(1, 1, _CPU_KEYS - missing) if query_bias is None else query_bias
-        query_bias = F.pad(query_bias, (0, missing), value=-torch.inf)
-    return sdpa(q, agents, gathered, _for_all(query_bias, q), scale).transpose(1, 2).to(dtype)
+    pad = device == "cpu" and not standard_only(q, k, v, agents)
+    gathered = _attend(agents, k, v, agent_bias, scale, pad)
+    return _attend(q, agents, gathered, query_bias, scale, pad).transpose(1, 2).to(dtype)
 
 
-def _for_all(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """The bias as a mask for every sample, with stride 0 over the batch."""
-    return None if bias is None else bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, pad: bool) -> Tensor:
+    """Attention with a bias ``[heads, queries, keys]`` for all samples, expanded over the batch with stride 0."""
+    missing = _CPU_KEYS - k.shape[2]
+    if pad and missing > 0:
+        k, v = (F.pad(x, (0, 0, 0, missing)) for x in (k, v))
+        bias = q.new_zeros(1, 1, _CPU_KEYS - missing) if bias is None else bias
+        bias = F.pad(bias, (0, missing), value=-torch.inf)
+    return sdpa(q, k, v, None if bias is None else bias.to(q.dtype).expand(q.shape[0], -1, -1, -1), scale)

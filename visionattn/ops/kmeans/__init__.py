@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, concrete, empty_result, standard_only
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..tables import known_range
 from . import gathered, naive
 
 __all__ = ["KMeansProblem", "kmeans_attention"]
@@ -86,21 +87,23 @@ def kmeans_attention(
     q, k, v = cast_for_autocast(q, k, v)
     if memory_key is not None and memory_value is not None:
         memory_key, memory_value = cast_for_autocast(memory_key, memory_value)
-    _check_tokens(q, k, v)
-    _check_indices(query_index, key_index, q)
-    _check_extras(mask, memory_key, memory_value, q, v, query_index.shape[2])
-    problem = KMeansProblem(
-        tokens=q.shape[1], num_clusters=query_index.shape[2], query_window=query_index.shape[3],
-        key_window=key_index.shape[3], heads=q.shape[2], head_dim=q.shape[3], value_dim=v.shape[3],
-        has_mask=mask is not None, mask_self=mask_self, num_memory=0 if memory_key is None else memory_key.shape[2],
-        dtype=q.dtype, device=q.device.type,
-        requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        standard_only=standard_only(q, k, v, memory_key, memory_value),
-    )
+    standard = standard_only(q, k, v, memory_key, memory_value)
+    with untraced():
+        _check_tokens(q, k, v)
+        _check_indices(query_index, key_index, q)
+        _check_extras(mask, memory_key, memory_value, q, v, query_index.shape[2])
+        problem = KMeansProblem(
+            tokens=q.shape[1], num_clusters=query_index.shape[2], query_window=query_index.shape[3],
+            key_window=key_index.shape[3], heads=q.shape[2], head_dim=q.shape[3], value_dim=v.shape[3],
+            has_mask=mask is not None, mask_self=mask_self, num_memory=0 if memory_key is None else memory_key.shape[2],
+            dtype=q.dtype, device=q.device.type,
+            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            standard_only=standard,
+        )
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result(v.shape, (q, k, v, memory_key, memory_value))
     return _op.run(
-        problem, backend, q, k, v, query_index, key_index, q.shape[-1] ** -0.5 if scale is None else scale, mask,
+        problem, backend, q, k, v, query_index, key_index, problem.head_dim ** -0.5 if scale is None else scale, mask,
         mask_self, memory_key, memory_value)
 
 
@@ -126,10 +129,9 @@ def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> None:
                              f"got {list(index.shape)}")
         if index.dtype != torch.int64 or index.device != q.device:
             raise ValueError(f"{name} must be int64 on {q.device}, got {index.dtype} on {index.device}")
-        if concrete(index):
-            low, high = index.aminmax()
-            if low < lowest or high >= tokens:
-                raise ValueError(f"{name} must hold {lowest} to {tokens - 1}, got {int(low)} to {int(high)}")
+        found = known_range(index)
+        if found is not None and (found[0] < lowest or found[1] >= tokens):
+            raise ValueError(f"{name} must hold {lowest} to {tokens - 1}, got {found[0]} to {found[1]}")
 
 
 def _check_extras(

@@ -89,13 +89,15 @@ def assign_tokens(scores: Tensor, window: int) -> Tensor:
 
 
 def commitment_loss(tokens: Tensor, centroids: Tensor, assignment: Tensor) -> Tensor:
-    """Mean squared distance, over all elements, of tokens from their centroids, with gradient to the tokens.
+    """Mean squared distance, over all elements, of tokens from their centroids, with gradient to the tokens; 0 of none.
 
     Args:
         tokens: ``[batch, heads, tokens, dim]``, of norm 1.
         centroids: ``[heads, clusters, dim]``.
         assignment: int64 ``[batch, heads, tokens]``, the cluster of each token.
     """
+    if tokens.numel() == 0:
+        return tokens.sum()
     heads = torch.arange(len(centroids), device=centroids.device)[:, None]
     return F.mse_loss(tokens, centroids.detach()[heads, assignment])
 
@@ -116,6 +118,8 @@ def cluster_statistics(tokens: Tensor, assignment: Tensor, num_clusters: int) ->
 
 def _order(x: Tensor, descending: bool = False) -> Tensor:
     """Stable argsort of the rows of a matrix."""
-    if exporting():  # ONNX knows no stable sort by that name; its TopK, which this becomes, is stable
-        return x.sort(dim=1, descending=descending).indices
+    if exporting():  # ONNX knows no stable sort: equal entries are put in order by a second one, of unequal numbers
+        values, order = x.sort(dim=1, descending=descending)
+        steps = F.pad((values[:, 1:] != values[:, :-1]).long(), (1, 0)).cumsum(dim=1)
+        return order.gather(1, (steps * x.shape[1] + order).sort(dim=1).indices)
     return x.argsort(dim=1, descending=descending, stable=True)

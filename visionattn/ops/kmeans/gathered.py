@@ -3,9 +3,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import standard_only
 from ..sdpa import sdpa
 
 __all__ = ["run"]
+
+# With fewer keys, a vector's width, PyTorch's CPU kernel (2.15) takes twice as long, and loses NaN.
+_CPU_KEYS = 16
 
 
 def run(
@@ -22,30 +26,41 @@ def run(
 ) -> Tensor:
     """The public function with every argument explicit."""
     dtype, (batch, tokens, heads) = q.dtype, q.shape[:3]
-    query_rows, key_rows = _rows(query_index, tokens), _rows(key_index, tokens)
-    bias = None
     compute = torch.promote_types(dtype, torch.float32)
-    if mask is not None or mask_self or q.device.type == "cpu":
-        # Masked logits need float32's range; on a CPU, half precision is rounded once, at the end.
+    if q.device.type == "cpu":  # half precision is rounded once, at the end; an accelerator's kernels take it as it is
         q, k, v = q.to(compute), k.to(compute), v.to(compute)
+    memory = 0 if memory_key is None else memory_key.shape[2]
+    bias = None
     if mask is not None or mask_self:
-        bias = _bias(query_index, key_index, mask, mask_self, memory_key is not None, compute)
+        bias = _bias(query_index, key_index, mask, mask_self, memory > 0, q.dtype)
     if mask is not None:
         # No gradient through a blocked pair, also where a query has no other.
         q, k = (x.masked_fill(~mask[:, :, None, None], 0) for x in (q, k))
+    missing = _CPU_KEYS - memory - key_index.shape[3]
+    if q.device.type == "cpu" and not standard_only(q, k, v) and 0 < missing < _CPU_KEYS - memory:
+        key_index = torch.cat([key_index, key_index[..., :1].expand(-1, -1, -1, missing)], dim=-1)
+        bias = q.new_zeros(1, 1, 1, _CPU_KEYS - memory - missing) if bias is None else bias
+        bias = F.pad(bias, (0, missing), value=-torch.inf)
+    query_rows, key_rows = _rows(query_index, tokens), _rows(key_index, tokens)
     keys, values = _gather(k, key_rows), _gather(v, key_rows)
     if memory_key is not None and memory_value is not None:
         keys, values = _prepend(memory_key, keys), _prepend(memory_value, values)
-        bias = None if bias is None else F.pad(bias, (memory_key.shape[2], 0))
-    x = sdpa(_gather(q, query_rows), keys, values, bias, scale)
+        bias = None if bias is None else F.pad(bias, (memory, 0))
+    queries = _gather(q, query_rows)
+    empty = query_index < 0
+    # What is in an empty place must not be felt by the gradients of the cluster, not even as NaN.
+    queries = queries.masked_fill(empty.flatten(0, 1)[..., None], 0)
+    if bias is not None:
+        bias = bias.expand(*queries.shape[:-1], -1)
+    x = sdpa(queries, keys, values, bias, scale)
 
     # A row more than there are tokens, for the empty places. Half precision is summed in float32.
-    places = torch.where(query_index < 0, batch * tokens * heads, query_rows).flatten()
+    places = torch.where(empty, batch * tokens * heads, query_rows).flatten()
     x = x.flatten(0, -2).to(compute)
     total = x.new_zeros(batch * tokens * heads + 1, x.shape[-1])
     total = total.scatter_add(0, places[:, None].expand_as(x), x)
     count = total.new_zeros(total.shape[0]).scatter_add(0, places, torch.ones_like(x[:, 0]))
-    return (total / (count + 1e-5)[:, None])[:-1].view(batch, tokens, heads, -1).to(dtype)
+    return (total / (count + 1e-5)[:, None])[:-1].unflatten(0, (batch, tokens, heads)).to(dtype)
 
 
 def _rows(index: Tensor, tokens: int) -> Tensor:
@@ -58,8 +73,8 @@ def _rows(index: Tensor, tokens: int) -> Tensor:
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
     """``[batch, tokens, heads, dim]`` to ``[batch * heads, clusters, window, dim]``."""
-    x = x.flatten(0, 2).index_select(0, rows.flatten())
-    return x.view(-1, *rows.shape[2:], x.shape[-1])
+    shape = rows.shape
+    return x.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, (shape[0] * shape[1], shape[2], shape[3]))
 
 
 def _prepend(memory: Tensor, x: Tensor) -> Tensor:
@@ -70,20 +85,28 @@ def _prepend(memory: Tensor, x: Tensor) -> Tensor:
 
 
 def _bias(
-        query_index: Tensor, key_index: Tensor, mask: Tensor | None, mask_self: bool, has_memory: bool,
+        query_index: Tensor,
+        key_index: Tensor,
+        mask: Tensor | None,
+        mask_self: bool,
+        memory: bool,
         dtype: torch.dtype,
 ) -> Tensor:
-    """What is added to the logits, ``[batch * heads, clusters, query_window, key_window]``."""
+    """What is added to the logits, ``[batch * heads, clusters, query_window, key_window]``: 0 or minus infinity.
+
+    A query that sees no key has 0 for all of them, or for itself alone; as the logits of blocked pairs are 0 too, that
+    is what very large negative ones mean, but with gradients that are exact and in every dtype.
+    """
     query, key = query_index[..., :, None], key_index[..., None, :]
-    bias = torch.zeros(1, dtype=dtype, device=query.device)
-    if mask is not None:
+    own = query == key
+    if mask is None:
+        seen = ~own
+    else:
         images = torch.arange(mask.shape[0], device=mask.device)[:, None, None, None]
         seen = mask[images, query_index][..., :, None] & mask[images, key_index][..., None, :]
-        bias = torch.where(seen, bias, torch.finfo(dtype).min)
-    if mask_self:
-        bias = torch.where(query == key, -5e4, bias)
-    if mask is not None and not has_memory:
-        # The mean of keys that are all blocked: their queries or they are zero. (Beside the least of numbers, the
-        # logarithm of their count is lost, and with it the gradient's weights in PyTorch's kernel.)
-        bias = bias.masked_fill((bias == torch.finfo(dtype).min).all(dim=-1, keepdim=True), 0)
-    return bias.expand(*query_index.shape, key_index.shape[-1]).flatten(0, 1)
+        seen = seen & ~own if mask_self else seen
+    if not memory:  # which every query sees
+        if mask_self:
+            seen = seen | (own & ~seen.any(dim=-1, keepdim=True))
+        seen = seen | ~seen.any(dim=-1, keepdim=True)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf).flatten(0, 1)

@@ -31,14 +31,15 @@ def run(
     for cluster in range(query_index.shape[2]):
         query, key = query_index[:, :, cluster], key_index[:, :, cluster]  # [batch, heads, window]
         keys, values = k[images, numbers, key], v[images, numbers, key]
-        logits = q[images, numbers, query] @ keys.transpose(-2, -1) * scale
+        queries = q[images, numbers, query].masked_fill(query[..., None] < 0, 0)  # an empty place stands for no token
+        logits = queries @ keys.transpose(-2, -1) * scale
         if mask is not None:
             seen = mask[images, query][..., :, None] & mask[images, key][..., None, :]
             logits = logits.masked_fill(~seen, torch.finfo(compute).min)
         if mask_self:
             logits = logits.masked_fill(query[..., :, None] == key[..., None, :], -5e4)
         if memory_key is not None and memory_value is not None:
-            of_memory = q[images, numbers, query] @ memory_key[:, cluster].to(compute).transpose(-2, -1) * scale
+            of_memory = queries @ memory_key[:, cluster].to(compute).transpose(-2, -1) * scale
             logits = torch.cat([of_memory, logits], dim=-1)
             values = torch.cat([memory_value[:, cluster].to(compute).expand(batch, -1, -1, -1), values], dim=2)
         place = (images, numbers, torch.where(query < 0, tokens, query))

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dispatch import numbers
+
 __all__ = ["run"]
 
 _TILE = {1: 32, 2: 8, 3: 4}  # queries of a tile along each axis, by the number of axes
@@ -33,8 +35,8 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """The public function with every argument explicit; returns the output and, if asked for, the log-sum-exp."""
     compute = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[-2] // k.shape[-2]
-    lengths = [int(n) if isinstance(n, Tensor) else n for n in q.shape[1:-2]]  # a trace has tensors for sizes
+    (heads, kv_heads), lengths = numbers((q.shape[-2], k.shape[-2])), numbers(q.shape[1:-2])
+    group = heads // kv_heads
     cuts = [
         _cut_axis(*options, tile=_TILE[q.ndim - 3], device=q.device)
         for options in zip(lengths, kernel_size, dilation, stride, is_causal, strict=True)

@@ -189,9 +189,10 @@ def _standard(q, k, v, bias, kernel_size, dilation, stride, scale) -> Tensor:
     """The same by the definition, for a map that may have an axis of one position."""
     axes = [axis for axis in range(2) if kernel_size[axis] > 1]
     maps = [x if len(axes) == 2 else x.flatten(1, 2) for x in (q, k, v)]
-    options = [tuple(values[axis] for axis in axes) for values in (kernel_size, dilation, stride)]
+    kernel, dil, step = (tuple(values[axis] for axis in axes) for values in (kernel_size, dilation, stride))
     table = bias if bias is None or len(axes) == 2 else bias.flatten(1)
-    out, _ = naive.run(*maps, *options, (False,) * len(axes), table, scale, None, None, False)
+    q, k, v = maps
+    out, _ = naive.run(q, k, v, kernel, dil, step, (False,) * len(axes), table, scale, None, None, False)
     return out.view(v.shape)
 
 
@@ -227,10 +228,10 @@ def _backward(ctx, grad, _):
     bias_grad = ctx.needs_input_grad[3]
     dq, dk, dv, dbias = _slab_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, bias_grad)
     for part in _not_finite(dq, dk, dv) if concrete(grad) else ():
-        q, k, v, bias, *_ = ctx.saved_tensors
+        bias = ctx.saved_tensors[3]
         with torch.enable_grad():
-            leaves = [x[part].detach().requires_grad_() for x in (q, k, v)]
-            out = _standard(*leaves, None if bias is None else bias[part[3]].detach(), *ctx.options)
+            q, k, v = leaves = [x[part].detach().requires_grad_() for x in ctx.saved_tensors[:3]]
+            out = _standard(q, k, v, None if bias is None else bias[part[3]].detach(), *ctx.options)
             exact = torch.autograd.grad(out, leaves, grad[part])
         dq[part], dk[part], dv[part] = exact
     return dq, dk, dv, dbias if bias_grad else None, None, None, None, None

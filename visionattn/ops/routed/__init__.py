@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, concrete, empty_result, standard_only
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..tables import known_range
 from . import gathered, naive, triton_backend
 
 __all__ = ["RoutedProblem", "routed_attention"]
@@ -80,20 +81,22 @@ def routed_attention(
     """
     sizes: Any = tuple(region_size) if isinstance(region_size, Sequence) else (region_size, region_size)
     q, k, v = cast_for_autocast(q, k, v)
-    grid = _check_maps(q, k, v, sizes)
-    _check_routes(routes, q, grid, route_weights)
-    key_region_size = (k.shape[1] // grid[0], k.shape[2] // grid[1])
-    problem = RoutedProblem(
-        grid=grid, region_size=sizes, key_region_size=key_region_size, heads=q.shape[-2], head_dim=q.shape[-1],
-        value_dim=v.shape[-1], topk=routes.shape[-1], shared_routes=routes.shape[1] == 1,
-        has_route_weights=route_weights is not None, dtype=q.dtype, device=q.device.type,
-        requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-        standard_only=standard_only(q, k, v, route_weights),
-    )
+    standard = standard_only(q, k, v, route_weights)
+    with untraced():
+        grid = _check_maps(q, k, v, sizes)
+        _check_routes(routes, q, grid, route_weights)
+        key_region_size = (k.shape[1] // grid[0], k.shape[2] // grid[1])
+        problem = RoutedProblem(
+            grid=grid, region_size=sizes, key_region_size=key_region_size, heads=q.shape[-2], head_dim=q.shape[-1],
+            value_dim=v.shape[-1], topk=routes.shape[-1], shared_routes=routes.shape[1] == 1,
+            has_route_weights=route_weights is not None, dtype=q.dtype, device=q.device.type,
+            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            standard_only=standard,
+        )
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, route_weights))
     return _op.run(
-        problem, backend, q, k, v, routes, sizes, key_region_size, q.shape[-1] ** -0.5 if scale is None else scale,
+        problem, backend, q, k, v, routes, sizes, key_region_size, problem.head_dim ** -0.5 if scale is None else scale,
         route_weights)
 
 
@@ -116,6 +119,8 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[in
         raise ValueError(
             f"region_size {region_size} does not divide the map of {q.shape[1]} x {q.shape[2]}; pad the map first")
     grid = (q.shape[1] // region_size[0], q.shape[2] // region_size[1])
+    if 0 in grid:
+        raise ValueError(f"q must have at least one row and one column, got a map of {q.shape[1]} x {q.shape[2]}")
     if k.shape[1] % grid[0] or k.shape[2] % grid[1]:
         raise ValueError(f"the key map of {k.shape[1]} x {k.shape[2]} cannot be cut into q's grid of "
                          f"{grid[0]} x {grid[1]} regions")
@@ -135,7 +140,6 @@ def _check_routes(routes: Tensor, q: Tensor, grid: tuple[int, int], route_weight
     if route_weights is not None and route_weights.shape != routes.shape:
         raise ValueError(f"route_weights must have the shape of routes, {list(routes.shape)}, got "
                          f"{list(route_weights.shape)}")
-    if concrete(routes):
-        low, high = routes.aminmax()
-        if low < 0 or high >= regions:
-            raise ValueError(f"routes must be region numbers 0 to {regions - 1}, got {int(low)} to {int(high)}")
+    found = known_range(routes)
+    if found is not None and (found[0] < 0 or found[1] >= regions):
+        raise ValueError(f"routes must be region numbers 0 to {regions - 1}, got {found[0]} to {found[1]}")

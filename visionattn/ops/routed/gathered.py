@@ -21,6 +21,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CHUNK_BYTES = 2 ** 20  # of keys, values or scores at a time, about a core's L2 cache
 _DENSE_TOKENS = 18 * 18  # maps up to this size, with lists of at least one region in so many, are done densely
 _DENSE_REGIONS = 4
+_FEWEST_TOKENS = 16  # fewer keys than a vector holds lose NaN in PyTorch's CPU kernel
 
 # The kernels of PyTorch's dense attention on CPU: its public function does not return what the backward needs.
 _aten = torch.ops.aten
@@ -202,7 +203,7 @@ def _is_dense(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Te
     """Whether dense attention under a mask costs less than gathering (measured)."""
     tokens, regions, topk = k.shape[1] * k.shape[2], routes.shape[2], routes.shape[3]
     return (q.device.type == "cpu" and route_weights is None and q.shape[-1] == v.shape[-1]
-            and tokens <= _DENSE_TOKENS and regions <= _DENSE_REGIONS * topk)
+            and _FEWEST_TOKENS <= tokens <= _DENSE_TOKENS and regions <= _DENSE_REGIONS * topk)
 
 
 def _is_finite(*results: Tensor) -> bool:

@@ -1,0 +1,31 @@
+"""Attention of all tokens to all, and in-place activations of tensors that nobody else sees: pieces of many layers."""
+from typing import Any, Optional
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+
+from ..ops.sdpa import sdpa
+
+__all__ = ["attend", "unseen"]
+
+
+@register_notrace_function
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 - TorchScript
+    """Attention ``[batch, heads, queries, dim]`` of ``q, k, v [batch, heads, tokens, dim]``.
+
+    ``mask`` is added to the scores. It is PyTorch's own, with second derivatives and forward-mode ones.
+    """
+    if torch.jit.is_scripting():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return sdpa(q, k, v, mask)
+
+
+@register_notrace_function
+def unseen(*producers: nn.Module) -> bool:
+    """Whether what these modules just returned may be written over: no gradient needs it and no hook was given it."""
+    if torch.is_grad_enabled() or modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        return False
+    parts: list[Any] = [part for producer in producers for part in (producer, *producer._modules.values())]
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in parts if part is not None)

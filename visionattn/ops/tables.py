@@ -1,0 +1,24 @@
+"""Tables of indices that an op is given: whether they are in range, where that can be known."""
+import torch
+from torch import Tensor
+
+from .dispatch import exporting
+
+__all__ = ["known_range"]
+
+
+def known_range(index: Tensor) -> tuple[int, int] | None:
+    """The smallest and the largest entry of a table; None where it has no values to look at, or none at hand.
+
+    There are none in fake tensors and graphs (compiled, exported, traced), and of an accelerator's tensors one would
+    have to wait for the device. The tables of all samples of ``torch.vmap`` are looked at together.
+    """
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or exporting() or torch.jit.is_tracing():
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):
+        index = torch._C._functorch.get_unwrapped(index)
+    # A subclass, or a mode that sees operators, may have no values (FakeTensor, FakeTensorMode) or record the question.
+    if type(index) is not Tensor or torch._C._len_torch_dispatch_stack() or index.numel() == 0:
+        return None
+    low, high = index.aminmax()
+    return int(low), int(high)
