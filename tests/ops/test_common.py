@@ -190,6 +190,20 @@ def test_masked_rows_under_autocast(backend):
     torch.testing.assert_close(out[:, cluster].float(), mean, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["slabs", "slabs, bias", "routed densely", "routed", "routed, weights"])
+def test_backward_within_autocast(name):
+    """Our own operators are no less precise there."""
+    call = CALLS[name].to(torch.float32)
+    results = []
+    for enabled in (False, True):
+        tensors = differentiable(call)
+        out = call(*tensors, backend=FAST[call.op])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(out.sum(), tensors))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 # Derivatives
 
 
@@ -235,6 +249,21 @@ def test_all_gradients_twice(call, backend):
 
     assert torch.autograd.gradcheck(run, differentiable(call), fast_mode=True)
     assert torch.autograd.gradgradcheck(run, differentiable(call), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["whole map", "dense classes", "slabs", "routed densely", "routed", "clusters"])
+def test_second_derivatives_of_one_tensor_as_several_arguments(name):
+    """Queries that are keys and values too, or that these are computed from."""
+    call, q = CALLS[name], CALLS[name].tensors["q"]
+
+    def second(backend, key, value):
+        x = q.clone().requires_grad_()
+        gradient, = torch.autograd.grad(call(x, key(x), value(x), backend=backend).square().sum(), x, create_graph=True)
+        return gradient, *torch.autograd.grad(gradient.sin().sum(), x)
+
+    for functions in ((lambda x: x, lambda x: x), (lambda x: x.sin(), lambda x: x * 2)):
+        for actual, expected in zip(second(FAST[call.op], *functions), second("naive", *functions), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["whole map", "slabs, bias", "routed densely", "routed", "clusters", "agents"])

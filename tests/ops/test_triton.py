@@ -179,6 +179,56 @@ def test_compiles_without_graph_breaks(op):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("op", ["neighborhood", "neighborhood, lse", "routed"])
+def test_second_derivatives(op):
+    torch.manual_seed(0)
+    if op == "routed":
+        inputs, routes = _routed_inputs(4, 4, (2, 2), 2, True, False, None, batch=1)
+    else:
+        inputs = _neighborhood_inputs((5, 6), 1, 16, (3, 3), True, batch=1)
+
+    def run(*tensors, backend):
+        if op == "routed":
+            return routed_attention(*tensors, routes, 2, backend=backend)
+        out = neighborhood_attention(*tensors[:3], 3, bias=tensors[3], backend=backend, return_lse="lse" in op)
+        return torch.cat([x.flatten() for x in out]) if "lse" in op else out
+
+    results = []
+    for backend in ("triton", "naive"):
+        tensors = [x.detach().requires_grad_() for x in inputs]
+        grads = torch.autograd.grad(run(*tensors, backend=backend).square().sum(), tensors, create_graph=True)
+        results.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)])
+    for actual, expected in zip(*results, strict=True):
+        assert _error(actual, expected) <= 1e-5
+
+
+_PRECISION = """
+import torch
+from visionattn.ops import neighborhood_attention, routed_attention
+from visionattn.ops.triton_common import constants
+{setting}
+q = torch.randn(1, 4, 4, 1, 16)
+assert neighborhood_attention(q, q, q, 3, backend="triton").isfinite().all()
+assert routed_attention(q, q, q, torch.zeros(1, 1, 4, 1, dtype=torch.int64), 2, backend="triton").isfinite().all()
+print(constants(q, q)["PRECISION"], constants(q.half(), q.half())["PRECISION"])
+"""
+
+
+@pytest.mark.parametrize(("setting", "expected"), [
+    ("", "ieee"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+    ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
+    ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+])
+def test_precision_by_either_of_pytorchs_settings(setting, expected):
+    result = subprocess.run(
+        [sys.executable, "-c", _PRECISION.format(setting=setting)], capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert result.stdout.split() == [expected, "ieee"], result.stderr
+
+
 def test_chosen_on_a_device_only():
     """The interpreter runs when asked for by name; a CPU call never falls into it by itself."""
     from visionattn.ops.neighborhood import _op

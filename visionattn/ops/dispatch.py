@@ -273,7 +273,8 @@ def empty_result(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Tens
 
 
 def differentiated(
-        standard: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool],
+        standard: Callable[..., Tensor | tuple[Tensor, ...]], tensors: Sequence[Tensor | None],
+        grad: Tensor | tuple[Tensor, ...], needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, in the backward pass of an operator that is no standard one.
 
@@ -281,10 +282,13 @@ def differentiated(
         standard: The same function of ``tensors``, made of operators that PyTorch can differentiate any number of
             times.
         tensors: Its arguments, as they were saved.
-        grad: Gradient of its result.
+        grad: Gradient of its result, or of each of its results.
         needed: Which of the arguments want a gradient.
     """
-    with torch.enable_grad():
+    device = (grad if isinstance(grad, Tensor) else grad[0]).device.type
+    with torch.enable_grad(), no_autocast(device):
+        # Views: one argument may be another, or be computed from it, and each is to have a gradient of its own.
+        tensors = [x if x is None else x.view_as(x) for x in tensors]
         out = standard(*tensors)
         wanted = [x for x, need in zip(tensors, needed, strict=True) if need and x is not None]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))

@@ -4,6 +4,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import triton_support
+from ..dispatch import differentiated
+from . import general
 
 __all__ = ["run", "supports"]
 
@@ -78,6 +80,17 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, grad_lse):
     q, k, v, bias, out, lse = ctx.saved_tensors
     needs_bias = bias is not None and ctx.needs_input_grad[3]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+        kernel_size, dilation, stride, is_causal, scale = ctx.options
+
+        def standard(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+            options = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
+            out, lse = general.run(q, k, v, *options, bias, scale, return_lse=True)
+            assert lse is not None
+            return out, lse
+
+        found = differentiated(standard, (q, k, v, bias), (grad, grad_lse), ctx.needs_input_grad[:4])
+        return *found, None, None, None, None, None
     *grads, grad_bias = _backward(
         grad.contiguous(), grad_lse.contiguous(), q, k, v, bias, out, lse, *ctx.options, needs_bias)
     return (*grads, grad_bias if needs_bias else None, None, None, None, None, None)

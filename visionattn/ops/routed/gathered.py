@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import differentiated, standard_only
+from ..dispatch import differentiated, no_autocast, standard_only
 from . import naive
 
 __all__ = ["run", "supports"]
@@ -177,8 +177,9 @@ def _autograd(ctx, grad, _):
         needed = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]]
         *found, grad_weights = differentiated(standard, (q, k, v, route_weights), grad, needed)
         return *found, None, grad_weights, None, None, None
-    grad_q, grad_k, grad_v, grad_weights = _backward(
-        grad.contiguous(), q, k, v, routes, route_weights, out, lse, *ctx.options)
+    with no_autocast(q.device.type):
+        grad_q, grad_k, grad_v, grad_weights = _backward(
+            grad.contiguous(), q, k, v, routes, route_weights, out, lse, *ctx.options)
     grad_weights = None if route_weights is None else grad_weights.to(route_weights.dtype)
     return grad_q, grad_k, grad_v, None, grad_weights, None, None, None
 

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import triton_support
+from ..dispatch import differentiated
 from . import naive
 
 __all__ = ["run", "supports"]
@@ -68,6 +69,14 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad, _):
     # The log-sum-exp is saved for the backward pass only; nothing outside this file sees it.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+        q, k, v, routes, *_ = ctx.saved_tensors
+        region_size, key_region_size, scale = ctx.options
+
+        def standard(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return naive.run(q, k, v, routes, tuple(region_size), tuple(key_region_size), scale, None)
+
+        return *differentiated(standard, (q, k, v), grad, ctx.needs_input_grad[:3]), None, None, None, None
     return *_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
