@@ -188,12 +188,12 @@ def _not_finite(*results: Tensor) -> list[tuple]:
 def _standard(q, k, v, bias, kernel_size, dilation, stride, scale) -> Tensor:
     """The same by the definition, for a map that may have an axis of one position."""
     axes = [axis for axis in range(2) if kernel_size[axis] > 1]
-    maps = [x if len(axes) == 2 else x.flatten(1, 2) for x in (q, k, v)]
+    shape = v.shape
+    q, k, v = (x if len(axes) == 2 else x.flatten(1, 2) for x in (q, k, v))
     kernel, dil, step = (tuple(values[axis] for axis in axes) for values in (kernel_size, dilation, stride))
     table = bias if bias is None or len(axes) == 2 else bias.flatten(1)
-    q, k, v = maps
     out, _ = naive.run(q, k, v, kernel, dil, step, (False,) * len(axes), table, scale, None, None, False)
-    return out.view(v.shape)
+    return out.view(shape)
 
 
 @_slab_forward.register_fake
