@@ -89,13 +89,12 @@ def keep(
     """
     if not _may_keep(sources):
         return make()
-    state, device = _state, torch.device(device)
-    stream = 0
-    if device.type == "cuda":
+    state, stream = _state, 0
+    if device != "cpu" and (device := torch.device(device)).type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return make()
         stream = torch.cuda.current_stream(device).cuda_stream
-    full = (name, id(owner) if owner is not None else 0, str(device), stream, key)
+    full = (name, id(owner) if owner is not None else 0, device, stream, key)
     with state.lock:
         entry = state.entries.get(full)
         if entry is not None:

@@ -9,7 +9,8 @@ from .dispatch import differentiated, exporting, in_forward_mode, transforming
 
 __all__ = ["sdpa"]
 
-_aten = torch.ops.aten
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -62,7 +63,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         wide = mask if mask is None or mask.ndim in (2, 4) else mask.expand(*q.shape[:-1], k.shape[-2])
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=wide, scale=scale)
+        out, lse = _forward(q, k, v, attn_mask=wide, scale=scale)
         ctx.save_for_backward(q, k, v, wide, out, lse)
         ctx.scale = scale
         return out
@@ -74,5 +75,4 @@ class _Fused(torch.autograd.Function):
             found = differentiated(
                 lambda q, k, v: _plain(q, k, v, mask, ctx.scale), (q, k, v), grad, ctx.needs_input_grad[:3])
             return *found, None, None
-        return *_aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale), None, None
+        return *_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale), None, None

@@ -25,7 +25,9 @@ def run(
     dtype, device = q.dtype, q.device.type
     # On a CPU, half precision is rounded once, at the end; the kernels of accelerators want it as it is.
     compute = torch.promote_types(dtype, torch.float32) if device == "cpu" else dtype
-    q, k, v, agents = (x.to(compute).transpose(1, 2) for x in (q, k, v, agents))
+    if dtype != compute:
+        q, k, v, agents = (x.to(compute) for x in (q, k, v, agents))
+    q, k, v, agents = (x.transpose(1, 2) for x in (q, k, v, agents))
     pad = device == "cpu" and not standard_only(q, k, v, agents)
     gathered = _attend(agents, k, v, agent_bias, scale, pad)
     return _attend(q, agents, gathered, query_bias, scale, pad).transpose(1, 2).to(dtype)
@@ -38,4 +40,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, 
         k, v = (F.pad(x, (0, 0, 0, missing)) for x in (k, v))
         bias = q.new_zeros(1, 1, _CPU_KEYS - missing) if bias is None else bias
         bias = F.pad(bias, (0, missing), value=-torch.inf)
-    return sdpa(q, k, v, None if bias is None else bias.to(q.dtype).expand(q.shape[0], -1, -1, -1), scale)
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
+    return sdpa(q, k, v, bias, scale)

@@ -90,7 +90,7 @@ def kmeans_attention(
     standard = standard_only(q, k, v, memory_key, memory_value)
     with untraced():
         _check_tokens(q, k, v)
-        _check_indices(query_index, key_index, q)
+        has_empty = _check_indices(query_index, key_index, q)
         _check_extras(mask, memory_key, memory_value, q, v, query_index.shape[2])
         problem = KMeansProblem(
             tokens=q.shape[1], num_clusters=query_index.shape[2], query_window=query_index.shape[3],
@@ -104,7 +104,7 @@ def kmeans_attention(
         return empty_result(v.shape, (q, k, v, memory_key, memory_value))
     return _op.run(
         problem, backend, q, k, v, query_index, key_index, problem.head_dim ** -0.5 if scale is None else scale, mask,
-        mask_self, memory_key, memory_value)
+        mask_self, memory_key, memory_value, has_empty)
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -120,7 +120,9 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
 
 
-def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> None:
+def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> bool:
+    """Returns whether there may be empty places."""
+    has_empty = True
     batch, tokens, heads = q.shape[:3]
     for name, index, lowest in (("query_index", query_index, -1), ("key_index", key_index, 0)):
         if index.ndim != 4 or index.shape[:2] != (batch, heads) or index.shape[2] != query_index.shape[2]:
@@ -132,6 +134,9 @@ def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> None:
         found = known_range(index)
         if found is not None and (found[0] < lowest or found[1] >= tokens):
             raise ValueError(f"{name} must hold {lowest} to {tokens - 1}, got {found[0]} to {found[1]}")
+        if name == "query_index":
+            has_empty = found is None or found[0] < 0
+    return has_empty
 
 
 def _check_extras(

@@ -23,8 +23,9 @@ def run(
         mask_self: bool,
         memory_key: Tensor | None,
         memory_value: Tensor | None,
+        has_empty: bool,
 ) -> Tensor:
-    """The public function with every argument explicit."""
+    """The public function with every argument explicit, and whether there may be empty places."""
     dtype, (batch, tokens, heads) = q.dtype, q.shape[:3]
     compute = torch.promote_types(dtype, torch.float32)
     if q.device.type == "cpu":  # half precision is rounded once, at the end; an accelerator's kernels take it as it is
@@ -37,25 +38,26 @@ def run(
         # No gradient through a blocked pair, also where a query has no other.
         q, k = (x.masked_fill(~mask[:, :, None, None], 0) for x in (q, k))
     missing = _CPU_KEYS - memory - key_index.shape[3]
-    if q.device.type == "cpu" and not standard_only(q, k, v) and 0 < missing < _CPU_KEYS - memory:
+    if q.device.type == "cpu" and not standard_only(q, k, v) and missing > 0 and key_index.shape[3] > 0:
         key_index = torch.cat([key_index, key_index[..., :1].expand(-1, -1, -1, missing)], dim=-1)
-        bias = q.new_zeros(1, 1, 1, _CPU_KEYS - memory - missing) if bias is None else bias
-        bias = F.pad(bias, (0, missing), value=-torch.inf)
+        bias = F.pad(q.new_zeros(_CPU_KEYS - memory - missing) if bias is None else bias, (0, missing), value=-torch.inf)
     query_rows, key_rows = _rows(query_index, tokens), _rows(key_index, tokens)
     keys, values = _gather(k, key_rows), _gather(v, key_rows)
     if memory_key is not None and memory_value is not None:
         keys, values = _prepend(memory_key, keys), _prepend(memory_value, values)
         bias = None if bias is None else F.pad(bias, (memory, 0))
-    queries = _gather(q, query_rows)
-    empty = query_index < 0
-    # What is in an empty place must not be felt by the gradients of the cluster, not even as NaN.
-    queries = queries.masked_fill(empty.flatten(0, 1)[..., None], 0)
+    queries, places = _gather(q, query_rows), query_rows
+    if has_empty:
+        empty = query_index < 0
+        # What stands in for it must not be felt by the gradients of the cluster, not even as NaN.
+        queries = queries.masked_fill(empty.flatten(0, 1)[..., None], 0)
+        places = torch.where(empty, batch * tokens * heads, query_rows)
     if bias is not None:
         bias = bias.expand(*queries.shape[:-1], -1)
     x = sdpa(queries, keys, values, bias, scale)
 
     # A row more than there are tokens, for the empty places. Half precision is summed in float32.
-    places = torch.where(empty, batch * tokens * heads, query_rows).flatten()
+    places = places.flatten()
     x = x.flatten(0, -2).to(compute)
     total = x.new_zeros(batch * tokens * heads + 1, x.shape[-1])
     total = total.scatter_add(0, places[:, None].expand_as(x), x)
@@ -97,16 +99,17 @@ def _bias(
     A query that sees no key has 0 for all of them, or for itself alone; as the logits of blocked pairs are 0 too, that
     is what very large negative ones mean, but with gradients that are exact and in every dtype.
     """
-    query, key = query_index[..., :, None], key_index[..., None, :]
-    own = query == key
-    if mask is None:
-        seen = ~own
-    else:
+    if mask is not None:
         images = torch.arange(mask.shape[0], device=mask.device)[:, None, None, None]
-        seen = mask[images, query_index][..., :, None] & mask[images, key_index][..., None, :]
-        seen = seen & ~own if mask_self else seen
-    if not memory:  # which every query sees
-        if mask_self:
+        queries, keys = mask[images, query_index], mask[images, key_index]
+    if mask_self:
+        own = query_index[..., :, None] == key_index[..., None, :]
+        seen = ~own if mask is None else queries[..., :, None] & keys[..., None, :] & ~own
+        if not memory:  # which every query sees
             seen = seen | (own & ~seen.any(dim=-1, keepdim=True))
-        seen = seen | ~seen.any(dim=-1, keepdim=True)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf).flatten(0, 1)
+            seen = seen | ~seen.any(dim=-1, keepdim=True)
+    elif memory:
+        seen = queries[..., :, None] & keys[..., None, :]
+    else:
+        seen = keys[..., None, :] | ~(queries & keys.any(dim=-1, keepdim=True))[..., :, None]
+    return torch.where(seen, torch.zeros((), dtype=dtype, device=seen.device), -torch.inf).flatten(0, 1)

@@ -19,8 +19,9 @@ def run(
         mask_self: bool,
         memory_key: Tensor | None,
         memory_value: Tensor | None,
+        has_empty: bool,
 ) -> Tensor:
-    """The public function with every argument explicit."""
+    """The public function with every argument explicit, and whether there may be empty places."""
     dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(compute).transpose(1, 2) for x in (q, k, v))  # [batch, heads, tokens, dim]
     batch, heads, tokens = q.shape[:3]
@@ -31,7 +32,9 @@ def run(
     for cluster in range(query_index.shape[2]):
         query, key = query_index[:, :, cluster], key_index[:, :, cluster]  # [batch, heads, window]
         keys, values = k[images, numbers, key], v[images, numbers, key]
-        queries = q[images, numbers, query].masked_fill(query[..., None] < 0, 0)  # an empty place stands for no token
+        queries = q[images, numbers, query]
+        if has_empty:  # which stand for no token
+            queries = queries.masked_fill(query[..., None] < 0, 0)
         logits = queries @ keys.transpose(-2, -1) * scale
         if mask is not None:
             seen = mask[images, query][..., :, None] & mask[images, key][..., None, :]

@@ -177,10 +177,9 @@ def _not_finite(*results: Tensor) -> list[tuple]:
     A value that is not finite reaches all queries of its tiles here, as zero times infinity is no number; by the
     definition it reaches those whose windows hold it.
     """
-    sums = [x.sum((1, 2, 4), dtype=torch.promote_types(x.dtype, torch.float32)) for x in results]
-    if math.isfinite(sum(x.sum() for x in sums)):
+    if math.isfinite(sum(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item() for x in results)):
         return []
-    finite = torch.stack([x.isfinite() for x in sums]).all(0)
+    finite = torch.stack([x.isfinite().all(4).all(2).all(1) for x in results]).all(0)
     return [(slice(image, image + 1), slice(None), slice(None), slice(head, head + 1))
             for image, head in finite.logical_not_().nonzero().tolist()]
 
