@@ -361,6 +361,25 @@ def test_empty_batch(call, backend):
         assert torch.equal(grad, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("axis", range(1, 5))
+def test_only_the_batch_may_be_empty(call, axis):
+    """One line, where a kernel would divide by zero."""
+    if axis >= call.tensors["q"].ndim:
+        pytest.skip("no such axis")
+    empty = {name: x.narrow(axis, 0, 0) for name, x in call.tensors.items() if name in ("q", "k", "v", "agents")}
+    with pytest.raises(ValueError, match=r"but|must be") as error:
+        call._replace(tensors=call.tensors | empty)()
+    assert "\n" not in str(error.value)
+
+
+def test_biases_of_other_dtypes():
+    call = agents(bias=True, dtype=torch.float32)
+    biases = {name: x.double() for name, x in call.tensors.items() if "bias" in name}
+    for backend in ("fused", "naive"):
+        out = call._replace(tensors=call.tensors | biases)(backend=backend)
+        torch.testing.assert_close(out, call(backend=backend))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_a_value_that_is_no_number_stays_where_it_is_seen(call, where, value):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_sizes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import fused, naive
 from .pooling import pool_agents
@@ -95,6 +96,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> None:
             raise ValueError(f"{name} must have q's batch, heads and head_dim: got {shapes}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must have k's batch, tokens and heads: got {shapes}")
+    check_sizes(q=q, k=k, v=v, agents=agents)
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k, v and agents must be floating point, got {q.dtype}")
     for name, x in (("k", k), ("v", v), ("agents", agents)):

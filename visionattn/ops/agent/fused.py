@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import standard_only
+from ..dispatch import exporting, standard_only
 from ..sdpa import sdpa
 
 __all__ = ["run"]
@@ -28,15 +28,14 @@ def run(
     if dtype != compute:
         q, k, v, agents = (x.to(compute) for x in (q, k, v, agents))
     q, k, v, agents = (x.transpose(1, 2) for x in (q, k, v, agents))
-    pad = device == "cpu" and not standard_only(q, k, v, agents)
-    gathered = _attend(agents, k, v, agent_bias, scale, pad)
-    return _attend(q, agents, gathered, query_bias, scale, pad).transpose(1, 2).to(dtype)
+    gathered = _attend(agents, k, v, agent_bias, scale)
+    return _attend(q, agents, gathered, query_bias, scale).transpose(1, 2).to(dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, pad: bool) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Attention with a bias ``[heads, queries, keys]`` for all samples, expanded over the batch with stride 0."""
-    missing = _CPU_KEYS - k.shape[2]
-    if pad and missing > 0:
+    missing = 0 if exporting() else _CPU_KEYS - k.shape[2]
+    if missing > 0 and q.device.type == "cpu" and not standard_only(q, k, v):
         k, v = (F.pad(x, (0, 0, 0, missing)) for x in (k, v))
         bias = q.new_zeros(1, 1, _CPU_KEYS - missing) if bias is None else bias
         bias = F.pad(bias, (0, missing), value=-torch.inf)

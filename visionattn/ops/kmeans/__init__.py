@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_sizes, known_range
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
-from ..tables import known_range
 from . import gathered, naive
 
 __all__ = ["KMeansProblem", "kmeans_attention"]
@@ -113,6 +113,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must be [batch, tokens, heads, head_dim]: got {shapes}")
     if k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"k must have the shape of q, and v its batch, tokens and heads: got {shapes}")
+    check_sizes(q=q, v=v)
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -136,6 +137,7 @@ def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> bool:
             raise ValueError(f"{name} must hold {lowest} to {tokens - 1}, got {found[0]} to {found[1]}")
         if name == "query_index":
             has_empty = found is None or found[0] < 0
+    check_sizes(query_index=query_index, key_index=key_index)
     return has_empty
 
 

@@ -40,7 +40,8 @@ def run(
     missing = _CPU_KEYS - memory - key_index.shape[3]
     if q.device.type == "cpu" and not standard_only(q, k, v) and missing > 0 and key_index.shape[3] > 0:
         key_index = torch.cat([key_index, key_index[..., :1].expand(-1, -1, -1, missing)], dim=-1)
-        bias = F.pad(q.new_zeros(_CPU_KEYS - memory - missing) if bias is None else bias, (0, missing), value=-torch.inf)
+        bias = q.new_zeros(_CPU_KEYS - memory - missing) if bias is None else bias
+        bias = F.pad(bias, (0, missing), value=-torch.inf)
     query_rows, key_rows = _rows(query_index, tokens), _rows(key_index, tokens)
     keys, values = _gather(k, key_rows), _gather(v, key_rows)
     if memory_key is not None and memory_value is not None:

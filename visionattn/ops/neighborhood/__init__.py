@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..checks import check_sizes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import halo, naive, natten_backend, triton_backend
 
@@ -151,6 +152,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values:
         raise ValueError(f"k must have q's batch, spatial shape and head_dim: q {_shape(q)}, k {_shape(k)}")
     if v.ndim != k.ndim or v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v must have k's batch, spatial shape and heads: k {_shape(k)}, v {_shape(v)}")
+    check_sizes(q=q, k=k, v=v)
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(f"the {k.shape[-2]} heads of k must divide the {q.shape[-2]} heads of q")
     if not q.dtype.is_floating_point:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..checks import check_sizes, known_range
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
-from ..tables import known_range
 from . import gathered, naive, triton_backend
 
 __all__ = ["RoutedProblem", "routed_attention"]
@@ -113,14 +113,13 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[in
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_sizes(q=q, k=k, v=v)
     if len(region_size) != 2 or any(not isinstance(size, int | torch.SymInt) or size < 1 for size in region_size):
         raise ValueError(f"region_size must be a positive int or two of them, got {region_size}")
     if q.shape[1] % region_size[0] or q.shape[2] % region_size[1]:
         raise ValueError(
             f"region_size {region_size} does not divide the map of {q.shape[1]} x {q.shape[2]}; pad the map first")
     grid = (q.shape[1] // region_size[0], q.shape[2] // region_size[1])
-    if 0 in grid:
-        raise ValueError(f"q must have at least one row and one column, got a map of {q.shape[1]} x {q.shape[2]}")
     if k.shape[1] % grid[0] or k.shape[2] % grid[1]:
         raise ValueError(f"the key map of {k.shape[1]} x {k.shape[2]} cannot be cut into q's grid of "
                          f"{grid[0]} x {grid[1]} regions")

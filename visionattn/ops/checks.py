@@ -1,10 +1,17 @@
-"""Tables of indices that an op is given: whether they are in range, where that can be known."""
+"""Checks of arguments that several ops share."""
 import torch
 from torch import Tensor
 
 from .dispatch import exporting
 
-__all__ = ["known_range"]
+__all__ = ["check_sizes", "known_range"]
+
+
+def check_sizes(**tensors: Tensor) -> None:
+    """Raises a ValueError if a tensor is empty along another axis than its first, the batch."""
+    for name, x in tensors.items():
+        if 0 in x.shape[1:]:
+            raise ValueError(f"only the batch may be empty, but {name} is {list(x.shape)}")
 
 
 def known_range(index: Tensor) -> tuple[int, int] | None:
