@@ -1,6 +1,7 @@
 """Reading checkpoints: what loads, and how files that do not fit end."""
 import argparse
 import pickle
+import re
 import sys
 import types
 
@@ -11,9 +12,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torchvision.models.detection import FCOS, MaskRCNN
 
-from visionattn.checkpoint import create_model, read_checkpoint
 from visionattn.heads import Segmenter
 from visionattn.tasks import ClassificationTask, DetectionTask, SegmentationTask
+from visionattn.tasks.rebuild import create_model
+from visionattn.weights import read_checkpoint
 
 
 @pytest.fixture
@@ -121,6 +123,50 @@ def test_files_that_do_not_fit(model, tmp_path, capsys):
         read_checkpoint(path)
 
 
+RUN = {"backbone": "test_dinat", "num_classes": 5}
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ({"hyper_parameters": RUN}, "holds no weights"),
+    ({"hyper_parameters": RUN, "state_dict": None}, "holds no weights"),
+    ({"hyper_parameters": RUN, "state_dict": {}}, "holds no weights"),
+    ({"hyper_parameters": RUN, "state_dict": {"model.head.bias": 3}}, "'model.head.bias' with a int"),
+    ({"hyper_parameters": RUN, "state_dict": {3: torch.zeros(1)}}, "3 with a Tensor"),
+    ({"hyper_parameters": RUN, "state_dict": {"head.bias": torch.zeros(1)}}, "no weights of a model"),
+    ({"hyper_parameters": RUN, "state_dict": {"model.head.bias": torch.zeros(1)}}, "not of the model test_dinat"),
+    ({"hyper_parameters": RUN | {"backbone": None}}, "backbone of its hyper_parameters must be of the type str"),
+    ({"hyper_parameters": RUN | {"num_classes": "5"}}, "num_classes of its hyper_parameters must be of the type int"),
+    ({"hyper_parameters": RUN | {"backbone": "test_dinut"}}, "there is no model 'test_dinut'"),
+    ({"hyper_parameters": RUN | {"num_classes": -5}}, "not of the model test_dinat"),
+    ({"hyper_parameters": RUN | {"in_chans": "RGB"}}, "its run cannot be rebuilt"),
+    ({"hyper_parameters": RUN | {"model_args": 3}}, "its run cannot be rebuilt"),
+    ({"hyper_parameters": RUN | {"model_args": {"depth": 3}}}, "'depth'"),
+    ({"hyper_parameters": RUN | {"head": "upernet", "losses": 3}}, "not of this version"),
+    ({"hyper_parameters": RUN | {"detector": "yolo"}}, "yolo"),
+    ({"hyper_parameters": RUN | {"detector": "fcos", "lrr": 1}}, "not of this version"),
+    ({"state_dict": {}}, "holds no weights"),
+    ({"state_dict": {"head.bias": [3.0]}}, "'head.bias' with a list"),
+    ({"epoch": 3}, "'epoch' with a int"),
+])
+def test_malformed_checkpoints_end_in_one_line(content, words, tmp_path):
+    path = tmp_path / "a.ckpt"
+    if content.get("hyper_parameters", RUN) != RUN:
+        content["state_dict"] = {"model.head.bias": torch.zeros(1)}
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        create_model(None, path)
+    assert "\n" not in str(caught.value)
+    assert "a.ckpt" in str(caught.value)
+
+
+def test_a_classifier_starts_from_the_checkpoint_of_a_run_without_in_chans(tmp_path):
+    """Detectors and segmenters have no such argument: what is wrong is the model, not a missing key."""
+    path = tmp_path / "a.ckpt"
+    model = timm.create_model("test_dinat", num_classes=5)
+    torch.save({"hyper_parameters": RUN, "state_dict": {f"model.{k}": x for k, x in model.state_dict().items()}}, path)
+    _same(ClassificationTask("test_dinat", num_classes=5, checkpoint_path=str(path)).model, model)
+
+
 def test_options_beside_the_weights_are_no_obstacle(model, tmp_path):
     path = tmp_path / "official.pth"
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1e-3)}, path)
@@ -194,3 +240,10 @@ def test_averaged_weights_go_first(model, tmp_path):
     for overlay in (dict(file=str(path)), dict(state_dict=torch.load(path))):
         overlay["num_classes"] = 5
         _same(timm.create_model("test_dinat", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5), model)
+
+
+def test_the_public_name():
+    import visionattn.checkpoint
+
+    assert visionattn.checkpoint.create_model is create_model
+    assert visionattn.checkpoint.read_checkpoint is read_checkpoint

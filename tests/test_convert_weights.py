@@ -11,8 +11,8 @@ import torch
 from tests import golden
 from tools import convert_weights
 from visionattn import models
-from visionattn.checkpoint import create_model
 from visionattn.listing import chosen
+from visionattn.tasks.rebuild import create_model
 
 OFFICIAL = {  # model: golden file with the layout of the authors' state dict
     "biformer_tiny": "biformer_tiny",

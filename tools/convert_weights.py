@@ -25,8 +25,9 @@ import timm
 import torch
 from torch import nn
 
-from visionattn.checkpoint import create_model, fitting, read_checkpoint
 from visionattn.listing import chosen
+from visionattn.tasks.rebuild import create_model
+from visionattn.weights import fitting, read_checkpoint
 
 __all__ = ["convert", "main"]
 

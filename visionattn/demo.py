@@ -22,9 +22,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from . import cli
-from .checkpoint import create_model
 from .data import DigitsData
 from .data.digits import MEAN, STD
+from .tasks.rebuild import create_model
 from .visualize import draw_routes
 
 __all__ = ["main"]

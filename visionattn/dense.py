@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models  # noqa: F401  (registers the zoo in timm)
-from .checkpoint import check_name, fitting, read_checkpoint, timm_model
+from .weights import check_name, fitting, read_checkpoint, timm_model
 
 __all__ = ["DenseBackbone"]
 

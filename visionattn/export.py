@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate
 
-from .checkpoint import create_model
 from .heads import PyramidPooling, Segmenter
 from .heads.detector import DETECTORS
+from .tasks.rebuild import create_model
 
 __all__ = ["ExportReport", "export_onnx"]
 

@@ -12,8 +12,8 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from ..checkpoint import check_name, fitting, read_checkpoint, timm_model
 from ..layers import auxiliary_losses
+from ..weights import check_name, fitting, read_checkpoint, timm_model
 from .base import Task, check_arguments
 from .optim import adamw, cosine_with_warmup
 
@@ -194,7 +194,7 @@ def _create_model(backbone: str, pretrained: bool, checkpoint_path: str | None, 
     if run is not None:
         if run["backbone"] != backbone:
             raise ValueError(f"{checkpoint_path} is of the model {run['backbone']}, not {backbone}")
-        overlay |= {"num_classes": run["num_classes"], "input_size": (run["in_chans"], 224, 224)}
+        overlay |= {"num_classes": run["num_classes"], "input_size": (run.get("in_chans", 3), 224, 224)}
     with fitting(backbone, checkpoint_path):
         model: Any = timm_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     model.pretrained_cfg["state_dict"] = None  # timm would keep the tensors for good

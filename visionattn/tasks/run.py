@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.imports import RequirementCache
 
 from .. import data  # noqa: F401  (the data modules may be named without their module)
-from ..checkpoint import read_checkpoint
 from ..data.loading import LoadedData
+from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 
 __all__ = ["main"]
