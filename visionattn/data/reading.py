@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-__all__ = ["EXTENSIONS", "Faults", "decoding_fault", "find_faults", "find_images", "header_fault", "read_image"]
+__all__ = ["EXTENSIONS", "Faults", "decoding_fault", "find_faults", "find_images", "header_fault", "read_image",
+           "result_names"]
 
 EXTENSIONS = ", ".join(IMG_EXTENSIONS)  # of files that are taken for images, for messages
 
@@ -70,6 +71,16 @@ def find_images(folder: Path) -> list[Path]:
         rank_zero_info(f"{folder} holds {len(files) - len(images)} files that are not images by their name, "
                        f"such as {other.name}: they are not read.")
     return images
+
+
+def result_names(files: list[Path], folder: Path) -> list[str]:
+    """Names for what is made of files below ``folder``: their paths in it, without extension where that is unique."""
+    whole = [file.relative_to(folder) for file in files]
+    count = Counter(str(path.with_suffix("")).lower() for path in whole)
+    names = [path if count[str(path.with_suffix("")).lower()] > 1 else path.with_suffix("") for path in whole]
+    if len({str(name).lower() for name in names}) < len(names):  # as with a.jpg, a.png and a.jpg.png
+        names = whole
+    return [name.as_posix() for name in names]
 
 
 def find_faults(check: Callable[..., Found], *records: Iterable) -> list[Found]:

@@ -13,7 +13,16 @@ from torchvision.transforms.v2 import functional as F
 
 from .dense_transforms import IGNORE, SegmentationTransform, resize_shorter, to_image
 from .loading import LoadedData
-from .reading import EXTENSIONS, Faults, decoding_fault, find_faults, find_images, header_fault, read_image
+from .reading import (
+    EXTENSIONS,
+    Faults,
+    decoding_fault,
+    find_faults,
+    find_images,
+    header_fault,
+    read_image,
+    result_names,
+)
 
 __all__ = ["SegmentationFolderData"]
 
@@ -159,7 +168,8 @@ class SegmentationFolderData(LoadedData):
         faults = Faults(self.predict_root, self.on_error)
         files = self._check_images(files, faults)
         faults.report()
-        pairs = [_Pair(file.relative_to(self.predict_root).with_suffix("").as_posix(), file, None) for file in files]
+        names = result_names(files, self.predict_root)
+        pairs = [_Pair(name, file, None) for name, file in zip(names, files, strict=True)]
         return self._eval_loader(_Images(pairs, self, annotated=False))
 
     def _find_class_names(self) -> list[str]:

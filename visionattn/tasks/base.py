@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
+from .results import ResultFolder
+
 __all__ = ["Task", "check_arguments"]
 
 
@@ -19,6 +21,8 @@ class Task(pl.LightningModule):
     """A LightningModule whose hyper-parameters ``args`` hold ``ema_decay`` among others."""
 
     args: Any  # what the constructor was given, by name
+    result_file: str | None = None  # that prediction writes into the run folder
+    result_folders: tuple[str, ...] = ()  # of pictures, that it fills there
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average of the weights, while fitting."""
@@ -38,6 +42,17 @@ class Task(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint stand alone: rebuilding from it needs neither a download nor the file it started from."""
         checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint_path": None}
+
+    def on_predict_start(self) -> None:
+        """Removes the results of an earlier prediction from the run folder: they may be of other images."""
+        run = Path(self.trainer.default_root_dir)
+        self.results = {name: ResultFolder(run / name) for name in self.result_folders}
+        if self.trainer.is_global_zero:
+            if self.result_file:
+                (run / self.result_file).unlink(missing_ok=True)
+            for folder in self.results.values():
+                folder.clear()
+        self.trainer.strategy.barrier()
 
     def training_steps(self) -> int:
         """Optimiser steps of the whole run, for a schedule that ends with it."""

@@ -54,6 +54,7 @@ class ClassificationTask(Task):
 
     monitor = "val/accuracy"  # what the best checkpoint is best in
     monitor_mode = "max"
+    result_file = "predictions.csv"
 
     def __init__(
             self,
@@ -161,7 +162,7 @@ class ClassificationTask(Task):
         if not self.trainer.is_global_zero:
             return
         names = self.args.class_names or [str(label) for label in range(self.args.num_classes)]
-        path = Path(self.trainer.default_root_dir, "predictions.csv")
+        path = Path(self.trainer.default_root_dir, self.result_file)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.writer(file)

@@ -75,6 +75,8 @@ class DetectionTask(Task):
 
     monitor = "val/box_map"  # what the best checkpoint is best in
     monitor_mode = "max"
+    result_file = "predictions.json"
+    result_folders = ("pictures",)
 
     def __init__(
             self,
@@ -202,8 +204,8 @@ class DetectionTask(Task):
         if self.trainer.is_global_zero:
             run = Path(self.trainer.default_root_dir)
             run.mkdir(parents=True, exist_ok=True)
-            (run / "predictions.json").write_text(json.dumps(records))
-            rank_zero_info(f"{len(records)} detections are in {run / 'predictions.json'}, pictures in {run}/pictures")
+            (run / self.result_file).write_text(json.dumps(records))
+            rank_zero_info(f"{len(records)} detections are in {run / self.result_file}, pictures in {run}/pictures")
 
     def _average_precision(self, class_metrics: bool) -> MeanAveragePrecision:
         kinds: Any = ("bbox", "segm") if self.args.detector == "mask_rcnn" else ("bbox",)
@@ -282,9 +284,7 @@ class DetectionTask(Task):
                 picture = draw_segmentation_masks(picture, detections["masks"][shown], alpha=0.5, colors=colours)
             captions = [f"{names[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
             picture = draw_bounding_boxes(picture, detections["boxes"][shown], captions, colours)
-        path = Path(self.trainer.default_root_dir, "pictures", f"{target['file_name']}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.movedim(0, -1).numpy()).save(path)
+        self.results["pictures"].save(Image.fromarray(picture.movedim(0, -1).numpy()), target["file_name"])
 
 
 _PALETTE = [

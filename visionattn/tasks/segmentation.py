@@ -71,6 +71,7 @@ class SegmentationTask(Task):
 
     monitor = "val/miou"  # what the best checkpoint is best in
     monitor_mode = "max"
+    result_folders = ("predictions", "pictures")
 
     def __init__(
             self,
@@ -250,16 +251,11 @@ class SegmentationTask(Task):
 
     def _write(self, name: str, labels: Tensor, image: Tensor) -> Path:
         """Writes one prediction: ``labels [H, W]`` (uint8) and ``image [3, H, W]``."""
-        run = Path(self.trainer.default_root_dir)
-        path, picture = run / "predictions" / f"{name}.png", run / "pictures" / f"{name}.png"
-        for file in (path, picture):
-            file.parent.mkdir(parents=True, exist_ok=True)
         label_map = Image.fromarray(labels.numpy())
         label_map.putpalette(_palette())
-        label_map.save(path)
         photo = Image.fromarray((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(0, -1).numpy())
-        Image.blend(photo, label_map.convert("RGB"), 0.5).save(picture)
-        return path
+        self.results["pictures"].save(Image.blend(photo, label_map.convert("RGB"), 0.5), name)
+        return self.results["predictions"].save(label_map, name)
 
 
 def _palette() -> list[int]:
