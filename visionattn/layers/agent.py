@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops import agent_attention, pool_agents
 from ..ops.dispatch import exporting, numbers, transforming
 from ..ops.kept import keep
+from .scripting import unscripted
 
 __all__ = ["AgentAttention", "BiasTables", "compose_bias", "resize"]
 
@@ -144,7 +145,7 @@ class AgentAttention(nn.Module):
         """Shown when the module is printed."""
         return f"num_heads={self.num_heads}, agents={self.agents}, agent_grid={self.agent_grid}"
 
-    @torch.jit.ignore  # TorchScript need not look into an op that chooses its backend
+    @unscripted
     def _attend(self, qkv: Tensor, local: Tensor, height: int, width: int) -> Tensor:
         size, prefix, dim = numbers((height, width)), self.num_prefix_tokens, qkv.shape[-1] // 3
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)

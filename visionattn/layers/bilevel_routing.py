@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..ops import routed_attention
 from ..ops.dispatch import numbers
 from .full import attend
+from .scripting import unscripted
 
 __all__ = ["BiLevelRoutingAttention", "FullAttention"]
 
@@ -80,7 +81,7 @@ class BiLevelRoutingAttention(nn.Module):
         x = _attend(q, k, v, self.num_heads, grid, region_size, self.topk)
         return self.proj(x + lepe)[:, :height, :width]
 
-    @torch.jit.ignore
+    @unscripted
     def route(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Returns the routes that ``forward(x)`` takes, for those who want to look at them.
 
@@ -146,7 +147,7 @@ def _cut(height: int, width: int, n_win: int, round_up: bool) -> Tuple[Tuple[int
     return ((height + rows - 1) // rows, (width + columns - 1) // columns), (rows, columns)
 
 
-@torch.jit.ignore
+@unscripted
 def _pad_to_regions(x: Tensor, grid: Tuple[int, int], region_size: Tuple[int, int]) -> Tensor:  # noqa: UP006
     """Adds zeros to ``[batch, height, width, dim]`` at the bottom and on the right until the regions are full."""
     rows, columns = numbers((grid[0] * region_size[0] - x.shape[1], grid[1] * region_size[1] - x.shape[2]))
@@ -155,7 +156,7 @@ def _pad_to_regions(x: Tensor, grid: Tuple[int, int], region_size: Tuple[int, in
     return F.pad(x, (0, 0, 0, columns, 0, rows))
 
 
-@torch.jit.ignore  # TorchScript need not look into an op that chooses its kernel by shape
+@unscripted
 def _attend(
         q: Tensor,
         k: Tensor,

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..ops.dispatch import numbers
 from ..ops.kept import keep
 from .conv_norm import ConvNorm
+from .scripting import unscripted
 
 __all__ = ["CascadedGroupAttention", "expand_bias_table", "resize_bias_table"]
 
@@ -111,7 +112,7 @@ class CascadedGroupAttention(nn.Module):
             outputs.append(tokens)
         return torch.cat(outputs, dim=2).transpose(1, 2).unflatten(2, size)
 
-    @torch.jit.ignore
+    @unscripted
     def _bias(self) -> Tensor:
         """The bias of every query and key of a window, ``[num_heads, size ** 2, size ** 2]``."""
         table, size = self.rpb, self.window_size
@@ -137,7 +138,7 @@ def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
     return F.interpolate(table.to(dtype), size=(window_size, window_size), mode="bicubic")[0].flatten(1).to(table.dtype)
 
 
-@torch.jit.ignore
+@unscripted
 def _pad_to_multiples(x: Tensor, size: int) -> Tensor:
     """Adds zeros to ``[batch, dim, height, width]`` at the bottom and on the right up to multiples of ``size``."""
     height, width = numbers(x.shape[2:])

@@ -28,6 +28,7 @@ from ..ops.kmeans.clustering import (
     unit_tokens,
 )
 from .auxiliary import AuxiliaryLosses
+from .scripting import unscripted
 
 __all__ = ["KMeansRoutingAttention"]
 
@@ -125,7 +126,7 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         """Shown when the module is printed."""
         return f"num_heads={self.num_heads}, num_clusters={self.num_clusters}, assignment={self.assignment}"
 
-    @torch.jit.ignore
+    @unscripted
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Routed attention on maps ``[batch, height, width, dim]``."""
         height, width = numbers(q.shape[1:3])

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..ops import neighborhood_attention
 from ..ops.dispatch import larger
+from .scripting import unscripted
 
 __all__ = ["NeighborhoodAttention2d"]
 
@@ -87,7 +88,7 @@ class NeighborhoodAttention2d(nn.Module):
 
 # torch.jit.script cannot compile the ops; it calls these two functions as Python.
 
-@torch.jit.ignore
+@unscripted
 def _pad_to(x: Tensor, size: int) -> Tensor:
     """Pads a map with zeros at the bottom and the right, to ``size`` tokens per axis at least."""
     pad_h, pad_w = larger(size - x.shape[1], 0), larger(size - x.shape[2], 0)
@@ -96,7 +97,7 @@ def _pad_to(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, 0, 0, pad_w, 0, pad_h))  # type: ignore[arg-type]
 
 
-@torch.jit.ignore
+@unscripted
 def _attend(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, dilation: int, bias: Tensor | None) -> Tensor:
     out = neighborhood_attention(q, k, v, kernel_size, dilation, bias=bias)
     assert isinstance(out, Tensor)

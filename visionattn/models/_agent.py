@@ -12,6 +12,7 @@ from timm.layers import calculate_drop_path_rates, register_notrace_module, to_2
 from torch import Tensor, nn
 
 from ..layers.agent import AgentAttention, resize
+from ..layers.scripting import unscripted
 from ..ops.kept import keep
 from ._builder import cfg
 from .nat import Backbone, Block, Stage
@@ -68,7 +69,7 @@ class PositionEmbedding(nn.Module):
         """``[1, num_prefix_tokens + height * width, dim]``."""
         return self._at(height, width)
 
-    @torch.jit.ignore
+    @unscripted
     def _at(self, height: int, width: int) -> Tensor:
         size = (height, width)
         if size == self.size:

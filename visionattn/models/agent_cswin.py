@@ -13,6 +13,8 @@ from timm.layers import register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..layers.full import attend
+from ..layers.scripting import unscripted
 from ._agent import AgentBackbone, Grid, agent_cfg, our_tables
 from ._builder import build_model
 
@@ -96,7 +98,7 @@ class StripeAttention(nn.Module):
         """Returns a map of the same shape."""
         return self.proj_drop(self.proj(self._attend(self.qkv(x), self.dwc.weight, self.dwc.bias)))
 
-    @torch.jit.ignore
+    @unscripted
     def _attend(self, qkv: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
         assert bias is not None
         if self.stripe_width is None:
@@ -125,7 +127,7 @@ def _attend_stripes(qkv: Tensor, axis: int, max_width: int, weight: Tensor, bias
 def _attend_within(qkv: Tensor, weight: Tensor, bias: Tensor, head_dim: int) -> Tensor:
     """Attention over a whole map of queries, keys and values ``[B, H, W, 3, dim]``, plus the convolved values."""
     q, k, v = qkv.unflatten(-1, (-1, head_dim)).flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
-    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = attend(q, k, v).transpose(1, 2).flatten(2)
     local = F.conv2d(qkv[..., 2, :].permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
     return x.unflatten(1, qkv.shape[1:3]) + local.permute(0, 2, 3, 1)
 

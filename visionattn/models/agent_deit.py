@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Optional, Tuple  # noqa: UP035 - TorchScript reads Optional and Tuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -15,6 +14,7 @@ from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
 from ..layers import AgentAttention
+from ..layers.full import attend
 from . import nat
 from ._agent import Grid, PositionEmbedding, agent_cfg, our_tables, set_input_size
 from ._builder import build_model
@@ -45,7 +45,7 @@ class FullAttention(nn.Module):
         """Returns ``[B, N, dim]``; takes the size of the map only to be called as agent attention is."""
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
+        x = attend(q, k, v).transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))
 
 

@@ -14,6 +14,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging, window_partition, window_reverse
 from torch import Tensor, nn
 
+from ..layers.full import attend
+from ..layers.scripting import unscripted
 from ..ops.kept import keep
 from ._agent import AgentBackbone, Grid, agent_cfg, our_tables
 from ._builder import build_model
@@ -74,7 +76,7 @@ class WindowAttention(nn.Module):
         x = self._attend(self.qkv(windows), x.shape[1], x.shape[2])
         return self.proj_drop(self.proj(x))
 
-    @torch.jit.ignore
+    @unscripted
     def _partition(self, x: Tensor) -> Tensor:
         """``[B * windows, window_size, window_size, dim]``, each image's windows row by row."""
         height, width = x.shape[1:3]
@@ -85,7 +87,7 @@ class WindowAttention(nn.Module):
             x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
         return window_partition(x, (self.window_size, self.window_size))
 
-    @torch.jit.ignore
+    @unscripted
     def _attend(self, qkv: Tensor, height: int, width: int) -> Tensor:
         """Attention within windows of queries, keys and values, and these windows as a map again."""
         padded, shift = _layout((height, width), self.window_size, self.shift, self.always_shift)
@@ -94,7 +96,7 @@ class WindowAttention(nn.Module):
                     sources=[self.rpb], owner=self)
         if any(shift):  # a mask of its own for every window
             bias = bias.expand(qkv.shape[0] // bias.shape[0], -1, -1, -1, -1).flatten(0, 1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(*qkv.shape[:3], -1)
+        x = attend(q, k, v, bias).transpose(1, 2).reshape(*qkv.shape[:3], -1)
         x = window_reverse(x, (self.window_size, self.window_size), *padded)
         if any(shift):
             x = x.roll(shift, dims=(1, 2))

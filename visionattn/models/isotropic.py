@@ -6,12 +6,13 @@ https://github.com/SHI-Labs/Neighborhood-Attention-Transformer (MIT licence).
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
+from ..layers.full import attend
+from ..layers.scripting import unscripted
 from . import nat
 from ._builder import build_model
 from .nat import Backbone, Block, dinat_cfg, fit_dilations, resize_rpb
@@ -60,11 +61,11 @@ class RelativePositionAttention(nn.Module):
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = _pairwise_bias(self.rpb, H, W).to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = attend(q, k, v, bias)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
 
 
-@torch.jit.ignore
+@unscripted
 def _pairwise_bias(table: Tensor, height: int, width: int) -> Tensor:
     """Bias of every (query, key) pair of a map, ``[1, heads, height * width, height * width]``."""
     size = (2 * height - 1, 2 * width - 1)

@@ -56,11 +56,14 @@ class ConvDownsample(nn.Module):
 
 
 class FreshGELU(nn.GELU):
-    """GELU of a tensor that nobody else needs: without gradients it works in place, for less memory and traffic."""
+    """GELU of a tensor that nobody else needs: without gradients it works in place, for less memory and traffic.
+
+    Not in traces: ``torch.jit.trace`` compares one with gradients with one without.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a tensor of the same shape."""
-        return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+        return F.gelu(x) if torch.is_grad_enabled() or torch.jit.is_tracing() else torch.ops.aten.gelu_(x)
 
 
 class Block(nn.Module):

@@ -35,7 +35,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: flo
         return sdpa(q.float(), k.float(), v.float(), wide, scale).to(q.dtype)
     if q.device.type == "cpu" and torch.is_grad_enabled() and _is_fused(q, k, v, mask):
         return _Fused.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if exporting() and not torch.jit.is_tracing():
+        # The strides of the kernels that the exporter takes the operator apart into, one after the other, differ: what
+        # follows must not depend on them.
+        return out.clone(memory_format=torch.contiguous_format)
+    return out
 
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
