@@ -3,14 +3,15 @@
 ``import visionattn`` registers the models; ``timm.create_model("biformer_tiny")`` then builds one.
 """
 import sys
+import sysconfig
 from contextlib import suppress
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 __all__ = ["__version__", "models"]
 
 
-def _runs_the_command(installed: Distribution | None) -> bool:
+def _runs_the_command() -> bool:
     """Whether this process is the command ``visionattn`` or ``python -m visionattn``."""
     program = (sys.argv or [""])[0]
     if program == "-m":  # until Python has found the module to run
@@ -20,10 +21,10 @@ def _runs_the_command(installed: Distribution | None) -> bool:
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     if script is None:
         return True
-    # Any script may be called so: ours is the one that was installed. (On Windows it is packed into an .exe.)
-    scripts = [file for file in (installed and installed.files) or () if file.stem == "visionattn"]
-    ours = {Path(str(file.locate())).resolve().with_suffix("") for file in scripts}
-    return Path(program).resolve().with_suffix("") in ours
+    # Any script may be called so: ours lies where this Python's commands are installed.
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    folders = {Path(sysconfig.get_path("scripts", scheme)).resolve() for scheme in schemes}
+    return Path(program).parent.resolve() in folders
 
 
 def _module_to_run(arguments: list[str]) -> str:
@@ -42,12 +43,10 @@ def _module_to_run(arguments: list[str]) -> str:
     return ""
 
 
-_installed: Distribution | None = None
 __version__ = "0.0.0"  # of a checkout that is not installed
 with suppress(PackageNotFoundError):
-    _installed = distribution("visionattn")
-    __version__ = _installed.version
+    __version__ = version("visionattn")
 
 # The command imports what it needs itself: --help must not wait for torch.
-if not _runs_the_command(_installed):
+if not _runs_the_command():
     from . import models
