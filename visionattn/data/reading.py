@@ -1,4 +1,5 @@
 """Files and records that cannot be used: found, named, counted. Shared by the data modules that read folders."""
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,9 +12,11 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 __all__ = ["EXTENSIONS", "Faults", "decoding_fault", "find_faults", "find_images", "header_fault", "read_image",
-           "result_names"]
+           "result_names", "shared_files"]
 
 EXTENSIONS = ", ".join(IMG_EXTENSIONS)  # of files that are taken for images, for messages
+
+LISTED = 10_000  # faults that are kept to be listed one by one
 
 Found = TypeVar("Found")
 
@@ -32,6 +35,8 @@ class Faults:
         self.source, self.skip = source, on_error == "skip"
         self.kinds: Counter[tuple[str, str]] = Counter()
         self.first: dict[tuple[str, str], str] = {}
+        self.listed: list[tuple[str, str, str]] = []  # the first LISTED of them: which, what is wrong, what became of it
+        self.more = 0  # how many are not listed
 
     def add(self, record: str, kind: str, detail: str = "", remedy: str = "left out") -> None:
         """Takes note of one fault.
@@ -48,8 +53,17 @@ class Faults:
         said = f"{record}: {kind}" + (f" ({detail})" if detail else "")
         if not self.skip:
             raise ValueError(f"{self.source}: {said}; correct it, or set on_error to skip")
+        self.note(record, kind, detail, remedy)
+
+    def note(self, record: str, kind: str, detail: str = "", remedy: str = "left out") -> None:
+        """Takes note of what is no reason to stop, whatever ``on_error`` says; the arguments are those of ``add``."""
+        said = f"{record}: {kind}" + (f" ({detail})" if detail else "")
         self.kinds[kind, remedy] += 1
         self.first.setdefault((kind, remedy), said)
+        if len(self.listed) < LISTED:
+            self.listed.append((f"{record} ({detail})" if detail else record, kind, remedy))
+        else:
+            self.more += 1
 
     def report(self) -> None:
         """Says how many records were left out and why."""
@@ -87,6 +101,26 @@ def find_faults(check: Callable[..., Found], *records: Iterable) -> list[Found]:
     """What ``check`` finds in every record (several iterables: in its parts), on several threads."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(check, *records))
+
+
+def shared_files(these: Iterable[Path], others: Iterable[Path]) -> list[Path]:
+    """Those of ``these`` that are among ``others`` too, under the same or another name.
+
+    Files of one length are compared by their last 16 KiB, where a compressed image has its pixels.
+    """
+    lengths: dict[int, list[Path]] = {}
+    for file in others:
+        lengths.setdefault(_length(file), []).append(file)
+    ends: dict[int, set[bytes]] = {}
+    found = []
+    for file in these:
+        length = _length(file)
+        if length > 0 and length in lengths:
+            if length not in ends:
+                ends[length] = {_end(other) for other in lengths[length]}
+            if _end(file) in ends[length]:
+                found.append(file)
+    return found
 
 
 def read_image(file: Path, hint: str) -> Image.Image:
@@ -127,6 +161,19 @@ def _fault(file: Path, size: tuple[int, int] | None, decode: bool) -> str:
     if size is not None and found != size:
         return f"it is {found[0]} x {found[1]} pixels, not {size[0]} x {size[1]}"
     return ""
+
+
+def _length(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
+
+
+def _end(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 16384))
+        return hashlib.blake2b(opened.read(), digest_size=16).digest()
 
 
 def _reason(error: Exception) -> str:
