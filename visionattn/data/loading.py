@@ -8,6 +8,8 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from .report import DataReport
+
 __all__ = ["LoadedData", "collate_detection"]
 
 
@@ -16,6 +18,8 @@ class LoadedData(pl.LightningDataModule):
 
     The order of the training images and the random numbers of the worker processes depend on ``seed`` and the epoch
     alone, so that a run which is resumed at an epoch sees what an uninterrupted one would have seen.
+
+    ``setup`` fills ``report``, the table that a run starts with; where it stays without splits no table is shown.
     """
 
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; PyTorch's own if None
@@ -28,6 +32,7 @@ class LoadedData(pl.LightningDataModule):
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.eval_batch_size = batch_size
+        self.report = DataReport()
 
     def _train_loader(self, dataset: Dataset, endless: bool = False) -> DataLoader:
         """Shuffled batches; the last, smaller one is left out unless it is the only one.

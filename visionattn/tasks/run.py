@@ -24,6 +24,7 @@ from lightning_utilities.core.imports import RequirementCache
 
 from .. import data  # noqa: F401  (the data modules may be named without their module)
 from ..data.loading import LoadedData
+from ..data.report import DataReport
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 
@@ -95,13 +96,59 @@ class _RunCLI(LightningCLI):
             _check_checkpoint(self._ckpt_path, self.model)
 
     def before_fit(self) -> None:
-        if self._ends_with_test() and isinstance(self.datamodule, LoadedData):
-            self.datamodule.setup("test")  # what is wrong with the test data is said now, not after the training
+        # What is wrong with the test data is said now, not after the training.
+        self._show_data("fit", *["test"] * self._ends_with_test())
+
+    def before_validate(self) -> None:
+        self._show_data("validate")
+
+    def after_validate(self) -> None:
+        self._say_left_out()
+
+    def before_test(self) -> None:
+        self._show_data("test")
+
+    def after_test(self) -> None:
+        self._say_left_out()
+
+    def after_predict(self) -> None:
+        self._say_left_out()
 
     def after_fit(self) -> None:
-        """Tests what ``visionattn test`` would test: the best checkpoint, or the last where there is no best one."""
-        if not self._ends_with_test():
+        if self._ends_with_test():
+            self._test()
+        self._say_left_out()
+
+    def _show_data(self, *stages: str) -> None:
+        """Reads the data that the stages need and says what they are."""
+        if not isinstance(self.datamodule, LoadedData):
             return
+        for stage in stages:
+            self.datamodule.setup(stage)
+        if self.datamodule.report.splits:
+            rank_zero_info(self.datamodule.report.text())
+        self._write_left_out()
+
+    def _say_left_out(self) -> None:
+        """Says at the end how much of the data was left out or mended."""
+        path = self._write_left_out()
+        if path:
+            count = self.datamodule.report.left_out()  # type: ignore[union-attr]
+            rank_zero_info(f"{count} files or records were left out or mended: they are listed in {path}")
+
+    def _write_left_out(self) -> Path | None:
+        """Lists what was left out or mended in the run folder, if there is something."""
+        report, trainer = getattr(self.datamodule, "report", None), self.trainer
+        if not isinstance(report, DataReport) or not report.left_out() or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        name = "left_out.csv" if self.subcommand == "fit" else f"left_out_{self.subcommand}.csv"
+        path = Path(trainer.default_root_dir, name)
+        if _is_first_process():
+            report.write(path)
+        return path
+
+    def _test(self) -> None:
+        """Tests what ``visionattn test`` would test: the best checkpoint, or the last where there is no best one."""
         trainer: Any = self.trainer  # some of its attributes are set out of sight of type checkers
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         kept = [Path(trainer.default_root_dir, "checkpoints", f"{name}.ckpt") for name in ("best", "last")]
