@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from visionattn import bench
+from visionattn import bench, ops
+from visionattn.bench import command, peers, timing
 from visionattn.cli import main
-from visionattn.ops import neighborhood_attention, use_backend
+from visionattn.ops import Case, dispatch, neighborhood_attention, use_backend
 from visionattn.ops.neighborhood import naive
 from visionattn.simulate import simulate
 
@@ -147,26 +149,62 @@ def test_backends_says_what_was_asked_for(monkeypatch):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """A few cases of a millisecond instead of the published shapes."""
-    torch.set_num_threads(1)
-    monkeypatch.setattr(bench, "NEIGHBORHOOD", {
-        "plain": bench.Neighborhood((1, 9, 11, 2, 8), kernel_size=3, dilation=2),
-        "biased": bench.Neighborhood((2, 10, 9, 2, 8), kernel_size=5, bias=True),
-        "strided": bench.Neighborhood((1, 9, 11, 2, 8), kernel_size=4, stride=3),
-    })
-    monkeypatch.setattr(bench, "ROUTED", {"routed": bench.Routed((2, 8, 12, 2, 8), region_size=4, topk=2)})
+def toy():
+    """An op with one backend and one example, written in one go."""
+    class Problem(NamedTuple):
+        tokens: int
+        dtype: torch.dtype = torch.float32
+        device: str = "cpu"
+        requires_grad: bool = False
+
+    def half(problem):
+        return (True, "") if problem.dtype == torch.bfloat16 else (False, "toys are made of bfloat16")
+
+    dispatch.Op("toy_attention", [
+        dispatch.Backend("wooden", half, lambda q: q), dispatch.Backend("naive", dispatch.any_problem, lambda q: q),
+    ], {"train_set": Case(Problem(3), {"q": (1, 3, 1, 2)}, summary="of three tokens")})
+    yield
+    del dispatch._OPS["toy_attention"]
+
+
+def test_backends_shows_an_op_that_is_written_in_one_go(toy):
+    table = bench.backend_table()
+    rows = rows_of(table, "toy_attention")
+    assert len(rows) == 4
+    assert {row["example"] for row in rows} == {"train_set"}
+    assert all(row["naive"] == ("chosen" if row["dtype"] == "float32" else "yes") for row in rows)
+    assert all(row["wooden"] == ("(1)" if row["dtype"] == "float32" else "chosen") for row in rows)
+    assert "(1) toys are made of bfloat16" in table
+
+
+def test_backends_shows_every_op(capsys):
+    assert main(["backends"]) == 0
+    table = capsys.readouterr().out
+    for op in ("neighborhood_attention", "routed_attention", "kmeans_attention", "agent_attention"):
+        rows = rows_of(table, op)
+        assert len(rows) == 8
+        assert all(list(row.values()).count("chosen") == 1 and row["naive"] == "yes" for row in rows)
+
+
+def test_backends_shows_what_is_held():
+    ops.release_memory()
+    assert "held between calls: 0 bytes" in bench.backend_table()
+    neighborhood_attention(**ops.cases("neighborhood_attention")["56x56_bias"].arguments())
+    assert ops.held_bytes() > 2**20
+    assert f"held between calls: {ops.held_bytes() / 2**20:.1f} MiB" in bench.backend_table()
+    ops.release_memory()
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("op", "case"), [
-    ("neighborhood", "plain"), ("neighborhood", "biased"), ("neighborhood", "strided"), ("routed", "routed")])
+    ("neighborhood", "small_map"), ("neighborhood", "small_bias"), ("neighborhood", "small_strided"),
+    ("routed", "small")])
 @pytest.mark.filterwarnings("ignore")
-def test_benchmark_times_what_is_right(small, op, case, backward):
+def test_benchmark_times_what_is_right(op, case, backward):
     machine = bench.Machine({}, bytes_per_second=1e9, flops_per_second=1e9)
     rows = {row["backend"]: row for row in bench.benchmark(
         op, case, backward, torch.float32, repeat=2, machine=machine)}
-    ours = {"neighborhood": "tiled", "routed": "gathered"}[op]
+    ours = {"neighborhood": "halo", "routed": "gathered"}[op]
     assert set(rows) >= {ours, "naive", "masked_sdpa", "dense_sdpa", "flex"}
     for name, row in rows.items():
         timed = bool(row["median_ms"])
@@ -177,54 +215,74 @@ def test_benchmark_times_what_is_right(small, op, case, backward):
     assert float(rows[ours]["ratio_to_ours"]) == 1
     assert float(rows["dense_sdpa"]["speedup_over_dense"]) == 1
     assert "does not support backward on CPU" in rows["flex"]["note"] or not backward
-    problem = (bench.NEIGHBORHOOD if op == "neighborhood" else bench.ROUTED)[case]
-    batch, height, width, heads, dim = problem.shape
-    window = problem.kernel_size**2 if op == "neighborhood" else problem.topk * problem.region_size**2
-    flops = 4 * dim * batch * heads * height * width * window * (3.5 if backward else 1)
-    size = 4 * batch * heads * height * width * dim * (12 if backward else 4)
+    example = ops.cases(f"{op}_attention")[case]
+    batch, height, width, heads, dim = example.inputs["q"]
+    window = math.prod(example.problem.kernel_size) if op == "neighborhood" else 2 * 4 * 4
+    tokens = batch * heads * height * width
+    flops = 4 * dim * tokens * window * (3.5 if backward else 1)
+    size = 4 * tokens * 2 * (dim + example.problem.value_dim) * (3 if backward else 1)
     assert float(rows[ours]["flops_ms"]) == pytest.approx(flops / 1e6, rel=1e-3)
     assert float(rows[ours]["bytes_ms"]) == pytest.approx(size / 1e6, rel=1e-3)
 
 
-def test_a_wrong_result_is_not_timed(small, monkeypatch):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("op", "ours"), [("kmeans", "gathered"), ("agent", "fused"), ("neighborhood", "halo"),
+                                          ("routed", "gathered")])
+@pytest.mark.filterwarnings("ignore")
+def test_benchmark_times_every_small_case_of_every_op(op, ours, backward):
+    for name, case in ops.cases(f"{op}_attention").items():
+        if "small" in case.groups:
+            rows = {row["backend"]: row for row in bench.benchmark(op, name, backward, torch.float32, repeat=1)}
+            assert rows[ours]["median_ms"], (name, rows)
+            assert rows["naive"]["median_ms"], (name, rows)
+            assert not any(row["note"].startswith("wrong result") for row in rows.values()), (name, rows)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
     def wrong(q, k, v, *options, backend, **more):
         out = neighborhood_attention(q, k, v, *options, backend=backend, **more)
-        return out * 1.001 if backend == "tiled" else out
+        return out * 1.001 if backend == "halo" else out
 
-    monkeypatch.setattr(bench, "neighborhood_attention", wrong)
-    rows = {row["backend"]: row for row in bench.benchmark("neighborhood", "plain", True, torch.float32, repeat=1)}
-    assert rows["tiled"]["note"] == "wrong result: relative error 1.0e-03"
-    assert rows["tiled"]["runs"] == 0
-    assert rows["tiled"]["median_ms"] == rows["tiled"]["peak_mib"] == ""
+    monkeypatch.setattr(ops, "neighborhood_attention", wrong)
+    rows = {row["backend"]: row for row in bench.benchmark("neighborhood", "small_map", True, torch.float32, repeat=1)}
+    assert rows["halo"]["note"] == "wrong result: relative error 1.0e-03"
+    assert rows["halo"]["runs"] == 0
+    assert rows["halo"]["median_ms"] == rows["halo"]["peak_mib"] == ""
     assert rows["naive"]["median_ms"]
 
 
 @pytest.mark.parametrize("op", ["neighborhood", "routed"])
-def test_head_by_head_is_the_same(small, monkeypatch, op):
+def test_head_by_head_is_the_same(monkeypatch, op):
     # Only naive is split, and only above the limit; the others are compared with its result either way.
-    monkeypatch.setattr(bench, "_GATHER_LIMIT", 1)
-    case = {"neighborhood": "biased", "routed": "routed"}[op]
+    monkeypatch.setattr(timing, "_GATHER_LIMIT", 1)
+    case = {"neighborhood": "small_bias", "routed": "small"}[op]
     rows = {row["backend"]: row for row in bench.benchmark(op, case, True, torch.float32, repeat=1)}
     assert rows["naive"]["note"] == "head by head"
     assert not any(row["note"].startswith("wrong") for row in rows.values())
 
 
-def test_peers_that_hold_all_scores_are_left_out(small, monkeypatch):
-    monkeypatch.setattr(bench, "_SCORES_LIMIT", 9 * 11 * 9 * 11)  # dense attention holds none: it stays
-    rows = {row["backend"] for row in bench.benchmark("neighborhood", "plain", False, torch.float32, repeat=1)}
-    assert rows == {"tiled", "naive", "dense_sdpa"}
+def test_peers_that_hold_all_scores_are_left_out(monkeypatch):
+    # Dense attention holds none: it stays.
+    monkeypatch.setattr(peers, "_SCORES_LIMIT", 9 * 11 * 9 * 11)
+    monkeypatch.setattr(timing, "_NATTEN_LIMIT", 9 * 11 * 9 * 11)
+    rows = {row["backend"] for row in bench.benchmark("neighborhood", "small_map", False, torch.float32, repeat=1)}
+    assert rows == {"halo", "naive", "dense_sdpa"}
 
 
-def test_bench_ops_writes_a_table_and_a_picture(small, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "GROUPS", {"scaling": ["plain", "strided"]})
-    monkeypatch.setattr(bench, "measure_machine", lambda device, dtype: bench.Machine({
+def test_bench_ops_writes_a_table_and_a_picture(monkeypatch, tmp_path, capsys):
+    examples = dispatch._OPS["neighborhood_attention"].cases
+    for name in ("small_map", "small_strided"):
+        monkeypatch.setitem(examples, name, examples[name]._replace(groups=("scaling",)))
+    for name in ("32x32_h4", "64x64_h4", "128x128", "256x256"):
+        monkeypatch.delitem(examples, name)
+    monkeypatch.setattr(command, "measure_machine", lambda device, dtype: bench.Machine({
         "machine": "a CPU", "threads": 1, "torch": "2", "date": "2000-01-01"}, 1e9, 1e9))
-    monkeypatch.setattr(bench, "_GATHER_LIMIT", 2**31)
     out = tmp_path / "new" / "ops.csv"
     assert main(["bench", "ops", "--ops", "neighborhood", "--cases", "scaling", "--directions", "forward",
                  "--threads", "1", "--repeat", "1", "--plot", "--out", str(out)]) == 0
     rows = list(csv.DictReader(out.open()))
-    assert {(row["case"], row["backend"]) for row in rows} >= {("plain", "tiled"), ("strided", "naive")}
+    assert {(row["case"], row["backend"]) for row in rows} >= {
+        ("small_map", "halo"), ("small_strided", "naive")}
     assert {row["machine"] for row in rows} == {"a CPU"}
     assert out.with_name("ops_scaling.png").stat().st_size > 10000
     # The tables of docs/kernels.md are made of such a file.
@@ -236,12 +294,12 @@ def test_bench_ops_writes_a_table_and_a_picture(small, monkeypatch, tmp_path, ca
     assert text.endswith("<!-- end of measured tables -->\nafter\n")
     assert "old" not in text
     assert "a CPU" in text
-    tiled = next(row for row in rows if (row["case"], row["backend"]) == ("plain", "tiled"))
-    assert tiled["median_ms"] in text
+    halo = next(row for row in rows if (row["case"], row["backend"]) == ("small_map", "halo"))
+    assert halo["median_ms"] in text
 
 
 def test_bench_ops_refuses_what_it_cannot_do(capsys):
-    for arguments in (["--cases", "no_such_case"], ["--ops", "routed", "--cases", "56x56"]):
+    for arguments in (["--cases", "no_such_case"], ["--ops", "routed", "--cases", "56x56_bias"]):
         with pytest.raises(SystemExit):
             main(["bench", "ops", *arguments])
     error = capsys.readouterr().err

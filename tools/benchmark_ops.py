@@ -1,4 +1,4 @@
-"""``visionattn bench ops`` for those who have not installed the command: see ``--help`` and visionattn/bench.py."""
+"""``visionattn bench ops`` for those who have not installed the command: see ``--help`` and visionattn/bench."""
 import sys
 
 from visionattn.bench import main

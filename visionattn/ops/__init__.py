@@ -1,15 +1,16 @@
 """The kernel layer: pure functions on tensors, each with a naive form that defines it and faster backends."""
 from . import dispatch
 from .agent import AgentProblem, agent_attention, pool_agents
-from .dispatch import BackendError, explain, use_backend
+from .case import Case
+from .dispatch import BackendError, cases, explain, use_backend
 from .kept import held_bytes, release_memory
 from .kmeans import KMeansProblem, kmeans_attention
 from .neighborhood import NeighborhoodProblem, neighborhood_attention
 from .routed import RoutedProblem, routed_attention
 
 __all__ = [
-    "AgentProblem", "BackendError", "KMeansProblem", "NeighborhoodProblem", "RoutedProblem", "agent_attention",
-    "explain", "held_bytes", "kmeans_attention", "neighborhood_attention", "pool_agents", "release_memory",
+    "AgentProblem", "BackendError", "Case", "KMeansProblem", "NeighborhoodProblem", "RoutedProblem", "agent_attention",
+    "cases", "explain", "held_bytes", "kmeans_attention", "neighborhood_attention", "pool_agents", "release_memory",
     "routed_attention", "use_backend",
 ]
 

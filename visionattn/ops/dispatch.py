@@ -18,7 +18,7 @@ What holds for every op and every backend is settled here, in :meth:`Op.run`:
 """
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .case import Case
+
 __all__ = [
-    "Backend", "BackendError", "Op", "any_problem", "cast_for_autocast", "chosen", "concrete", "differentiated",
-    "empty_result", "explain", "exporting", "in_forward_mode", "larger", "no_autocast", "numbers", "operations",
-    "smaller", "standard_only", "transforming", "untraced", "use_backend",
+    "Backend", "BackendError", "Op", "any_problem", "cases", "cast_for_autocast", "chosen", "concrete",
+    "differentiated", "empty_result", "explain", "exporting", "in_forward_mode", "larger", "no_autocast", "numbers",
+    "operations", "smaller", "standard_only", "transforming", "untraced", "use_backend",
 ]
 
 
@@ -63,10 +65,11 @@ class Backend(NamedTuple):
 
 
 class Op:
-    """An op by name with its backends, most preferred first."""
+    """An op by name with its backends, most preferred first, and examples of its calls by name."""
 
-    def __init__(self, name: str, backends: list[Backend]):
+    def __init__(self, name: str, backends: list[Backend], cases: Mapping[str, Case] | None = None):
         self.name = name
+        self.cases = dict(cases or {})
         self.backends = {backend.name: backend for backend in backends}
         self._names = {alias: backend for backend in backends for alias in (backend.name, *backend.aliases)}
         _OPS[name] = self
@@ -121,8 +124,19 @@ def operations() -> list[str]:
     return list(_OPS)
 
 
+def cases(op: str) -> dict[str, Case]:
+    """Returns the example calls of the op called ``op`` by their names; each has the problem that it is."""
+    return dict(_find(op).cases)
+
+
 def explain(op: str, problem: Any) -> list[tuple[str, bool, str]]:
-    """Returns ``(backend, can it, why not)`` for every backend of the op called ``op``, most preferred first."""
+    """Returns ``(backend, can it, why not)`` for every backend of the op called ``op``, most preferred first.
+
+    Args:
+        op: ``"neighborhood_attention"``, ...
+        problem: What is asked about, say ``NeighborhoodProblem(...)``, or that of one of the op's :func:`cases` with
+            what is different: ``cases(op)["56x56"].problem._replace(device="cuda")``.
+    """
     return _find(op).explain(problem)
 
 

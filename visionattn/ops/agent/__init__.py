@@ -4,37 +4,19 @@ Definition: "Agent Attention: On the Integration of Softmax and Linear Attention
 cost is linear in the number of queries and keys. Where the agents come from is the caller's business; the published
 models pool them from the queries with :func:`pool_agents`.
 """
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..checks import check_sizes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import fused, naive
+from .cases import CASES, AgentProblem
 from .pooling import pool_agents
 
 __all__ = ["AgentProblem", "agent_attention", "pool_agents"]
 
 
-class AgentProblem(NamedTuple):
-    """What a backend has to know to say whether it can do a call."""
-
-    queries: int
-    keys: int
-    agents: int
-    heads: int
-    head_dim: int
-    value_dim: int
-    has_agent_bias: bool
-    has_query_bias: bool
-    dtype: torch.dtype
-    device: str
-    requires_grad: bool = False
-    standard_only: bool = False
-
-
-_op = Op("agent_attention", [Backend("fused", any_problem, fused.run), Backend("naive", any_problem, naive.run)])
+_op = Op("agent_attention", [Backend("fused", any_problem, fused.run), Backend("naive", any_problem, naive.run)], CASES)
 
 
 def agent_attention(

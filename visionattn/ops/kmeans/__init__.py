@@ -3,41 +3,21 @@
 Definition: "Efficient Content-Based Sparse Attention with Routing Transformers" (arXiv 2003.05997), section 4. Which
 tokens a cluster takes, and how clusters are found, is in :mod:`visionattn.ops.kmeans.clustering`.
 """
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..checks import check_sizes, known_range
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import gathered, naive
+from .cases import CASES, KMeansProblem
 
 __all__ = ["KMeansProblem", "kmeans_attention"]
-
-
-class KMeansProblem(NamedTuple):
-    """What a backend has to know to say whether it can do a call."""
-
-    tokens: int
-    num_clusters: int
-    query_window: int
-    key_window: int
-    heads: int
-    head_dim: int
-    value_dim: int
-    has_mask: bool
-    mask_self: bool
-    num_memory: int
-    dtype: torch.dtype
-    device: str
-    requires_grad: bool
-    standard_only: bool = False
 
 
 _op = Op("kmeans_attention", [
     Backend("gathered", any_problem, gathered.run),
     Backend("naive", any_problem, naive.run),
-])
+], CASES)
 
 
 def kmeans_attention(

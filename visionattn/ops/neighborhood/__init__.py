@@ -4,7 +4,6 @@ Definition: "Neighborhood Attention Transformer" (arXiv 2204.07143), "Dilated Ne
 (arXiv 2209.15001) and, for strides, "Generalized Neighborhood Attention" (arXiv 2504.16922).
 """
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,29 +12,9 @@ from .. import triton_support
 from ..checks import check_sizes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import halo, naive, natten_backend, triton_backend
+from .cases import CASES, NeighborhoodProblem
 
 __all__ = ["NeighborhoodProblem", "neighborhood_attention"]
-
-
-class NeighborhoodProblem(NamedTuple):
-    """What a backend has to know to say whether it can do a call."""
-
-    spatial: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    kernel_size: tuple[int, ...]
-    dilation: tuple[int, ...]
-    stride: tuple[int, ...]
-    is_causal: tuple[bool, ...]
-    has_bias: bool
-    additional: int
-    return_lse: bool
-    dtype: torch.dtype
-    device: str
-    requires_grad: bool
-    standard_only: bool = False
 
 
 _op = Op("neighborhood_attention", [
@@ -43,7 +22,7 @@ _op = Op("neighborhood_attention", [
     Backend("halo", any_problem, halo.run, aliases=("tiled",)),
     Backend("natten", natten_backend.supports, natten_backend.run),
     Backend("naive", any_problem, naive.run),
-])
+], CASES)
 
 
 def neighborhood_attention(

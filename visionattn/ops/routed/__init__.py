@@ -4,7 +4,7 @@ Definition: bi-level routing attention, "BiFormer: Vision Transformer with Bi-Le
 (arXiv 2303.08810), section 3.2; how the table is made is the layer's business.
 """
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,33 +13,16 @@ from .. import triton_support
 from ..checks import check_sizes, known_range
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import gathered, naive, triton_backend
+from .cases import CASES, RoutedProblem
 
 __all__ = ["RoutedProblem", "routed_attention"]
-
-
-class RoutedProblem(NamedTuple):
-    """What a backend has to know to say whether it can do a call."""
-
-    grid: tuple[int, int]
-    region_size: tuple[int, int]
-    key_region_size: tuple[int, int]
-    heads: int
-    head_dim: int
-    value_dim: int
-    topk: int
-    shared_routes: bool
-    has_route_weights: bool
-    dtype: torch.dtype
-    device: str
-    requires_grad: bool
-    standard_only: bool = False
 
 
 _op = Op("routed_attention", [
     Backend("triton", triton_backend.supports, triton_backend.run, triton_support.automatic),
     Backend("gathered", gathered.supports, gathered.run),
     Backend("naive", any_problem, naive.run),
-])
+], CASES)
 
 
 def routed_attention(

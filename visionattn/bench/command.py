@@ -1,0 +1,145 @@
+"""The commands ``visionattn backends`` and ``visionattn bench``."""
+import argparse
+import csv
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import ops as operations
+from ..ops import cases, dispatch
+from ..simulate import simulate
+from .backends import backend_table
+from .machine import measure_machine
+from .plots import plot_scaling
+from .timing import DIRECTIONS, benchmark
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``backends``, ``bench simulate ...`` or ``bench ops ...``."""
+    parser = argparse.ArgumentParser(prog="visionattn")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("backends", help="what runs here, and why not")
+    bench = commands.add_parser("bench", help="simulate tiles, or time the ops").add_subparsers(
+        dest="subject", required=True)
+
+    tiles = bench.add_parser("simulate", description=_summary(simulate), help="the tiles that a window makes visit",
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
+    tiles.add_argument("--size", nargs="+", type=int, required=True, help="tokens along 1, 2 or 3 axes")
+    for name, default in (("--kernel", None), ("--dilation", 1), ("--stride", 1)):
+        tiles.add_argument(name, nargs="+", type=int, required=default is None, default=[default],
+                           help="one value, or one per axis" + ("" if default is None else " (default: 1)"))
+    tiles.add_argument("--causal", nargs="+", type=int, choices=(0, 1), default=[0], help=(
+        "1 for causal axes, one value or one per axis (default: 0)"))
+    tiles.add_argument("--q-tile", nargs="+", type=int, help="queries of a tile per axis (default: search the best)")
+    tiles.add_argument("--kv-tile", nargs="+", type=int, help="keys of a tile per axis (default: search the best)")
+
+    names = list(_groups())
+    single = list(dict.fromkeys(case for op in _ops().values() for case in cases(op)))
+    ops = bench.add_parser("ops", description=_summary(benchmark), help="time the ops and their peers",
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    ops.add_argument("--ops", nargs="+", choices=list(_ops()), default=list(_ops()))
+    ops.add_argument("--cases", nargs="+", metavar="CASE", choices=[*names, *single], default=_DEFAULT_GROUPS, help=(
+        f"groups: {', '.join(names)} (default: {', '.join(_DEFAULT_GROUPS)}); single cases: {', '.join(single)}"))
+    ops.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    ops.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    ops.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    ops.add_argument("--compiled", action="store_true", help="also compiled FlexAttention (a minute of compiling each)")
+    ops.add_argument("--threads", type=int, default=torch.get_num_threads())
+    ops.add_argument("--repeat", type=int, default=15, help="turns of every backend")
+    ops.add_argument("--out", type=Path, help="CSV file (default: results/ops_DEVICE.csv)")
+    ops.add_argument("--plot", action="store_true", help="draw time and memory of the scaling cases beside the CSV")
+
+    args = parser.parse_args(argv)
+    if args.command == "backends":
+        print(backend_table())
+    elif args.subject == "simulate":
+        _print_simulation(args)
+    else:
+        _print_benchmark(args, ops)
+    return 0
+
+
+_DEFAULT_GROUPS = ["families", "scaling", "strided"]
+
+
+def _ops() -> dict[str, str]:
+    """The ops by what ``--ops`` calls them: their public functions without ``_attention``."""
+    return {name.removesuffix("_attention"): name for name in dispatch.operations() if hasattr(operations, name)}
+
+
+def _groups() -> list[str]:
+    """The groups of cases, in the order in which they appear."""
+    return list(dict.fromkeys(group for op in _ops().values() for case in cases(op).values() for group in case.groups))
+
+
+def _chosen_cases(ops: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for op in ops:
+        yield from ((op, name) for name, case in cases(_ops()[op]).items() if {name, *case.groups} & set(names))
+
+
+def _summary(function: Callable) -> str:
+    """The docstring without its sections."""
+    return (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+
+
+def _print_simulation(args: argparse.Namespace) -> None:
+    def axes(values: Sequence) -> str:
+        return "x".join(map(str, values))
+
+    options: list[Any] = [args.kernel, args.dilation, args.stride, [bool(x) for x in args.causal]]
+    kernel, dilation, stride, causal = (x[0] if len(x) == 1 else x for x in options)
+    found = simulate(args.size, kernel, dilation, stride, causal, args.q_tile, args.kv_tile)
+    rows = [
+        ("map", axes(args.size)),
+        ("window", f"{axes(args.kernel)}, dilation {axes(args.dilation)}, stride {axes(args.stride)}"
+                   + (f", causal {axes(args.causal)}" if any(args.causal) else "")),
+        ("query tile, key tile", f"{axes(found.q_tile)}, {axes(found.kv_tile)}"
+                                 + ("" if args.q_tile and args.kv_tile else " (best of those searched)")),
+        ("key tiles visited", f"{found.visited / found.query_tiles:.2f} per query tile (most {found.most}) of "
+                              f"{found.key_tiles}, {100 * found.fraction:.2f} %"),
+        ("best possible speed-up", f"{found.speedup:.2f} x over dense attention"),
+        ("speed-up in FLOPs", f"{found.flop_speedup:.2f} x"),
+        ("efficiency", f"{100 * found.efficiency:.1f} %"),
+        ("perfectly block sparse", "yes" if found.perfectly_sparse else "no"),
+    ]
+    print("\n".join(f"{name:<24}{value}" for name, value in rows))
+
+
+def _print_benchmark(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    chosen = list(_chosen_cases(args.ops, args.cases))
+    if not chosen:
+        parser.error("no case of the chosen ops has that name")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    out = args.out or Path("results") / f"ops_{args.device}.csv"
+    if args.plot:
+        import matplotlib  # noqa: F401  before hours of measuring
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    dtype = getattr(torch, args.dtype)
+    machine = measure_machine(args.device, dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with out.open("w", newline="") as file:
+        writer = None
+        for (op, case), direction in itertools.product(chosen, args.directions):
+            for row in benchmark(op, case, direction == DIRECTIONS[1], dtype, args.device, args.repeat, args.compiled,
+                                 machine):
+                row |= machine.description
+                if writer is None:
+                    writer = csv.DictWriter(file, fieldnames=list(row))
+                    writer.writeheader()
+                writer.writerow(row)
+                rows.append(row)
+                print("{op:13}{case:16}{direction:18}{backend:14}{median_ms:>8} ms {ratio_to_ours:>7} x {peak_mib:>7} "
+                      "MiB  bounds {bytes_ms} / {flops_ms} ms  {note}".format(**row), flush=True)
+            file.flush()
+    if args.plot:
+        print(plot_scaling(rows, out.with_name(f"{out.stem}_scaling.png")))
