@@ -1,42 +1,50 @@
-"""Detection data in COCO's JSON format: boxes and instance masks."""
+"""Detection data in COCO's JSON format, as the many tools that export it write it: boxes and instance masks."""
 import json
-import math
-from collections.abc import Callable
+import os
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from pycocotools import mask as rle
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
-from .dense_transforms import detection_transform, to_image
-from .loading import LoadedData, collate_detection
-from .reading import EXTENSIONS, Faults, decoding_fault, find_faults, find_images, header_fault, read_image
+from .detection import DetectionData, Finder, Listed, Thing, walk
+from .polygons import number
+from .reading import Faults
+from .splits import split_of, visible_folders
 
 __all__ = ["CocoData"]
 
-HINT = "replace it, or set verify to true and on_error to skip"  # for a file that fails in training
+FOREIGN = {  # what other formats of labelling tools are known by
+    "LabelMe": ("shapes", "imagePath"), "VIA": ("_via_img_metadata",), "Supervisely": ("objects", "size"),
+    "Label Studio": ("data",), "CreateML": ("image", "annotations"),
+}
+YES, NO = (1, "1", "true", "yes"), (0, "0", "false", "no", "")  # a crowd, none
 
 
-class CocoData(LoadedData):
+class CocoData(DetectionData):
     """Images with boxes, and masks if asked for, that a COCO JSON file lists.
 
-    The classes are the categories of ``val_annotations``, by their id: label ``i`` (from 1) is the category
-    ``category_ids[i - 1]``; the other files must have the same categories. Images without objects are kept. Crowds
-    (``iscrowd``) do not train; evaluation has them. A box without width or height is left out, with a count; one
-    that reaches out of its image by up to a pixel is cut to it. Where there is no ``test_annotations``, testing uses
-    the validation images; this is said.
+    The classes are the categories of ``val_annotations`` (of the training file where there is none), by their id:
+    label ``i`` (from 1) is the category ``category_ids[i - 1]``; the other files must have categories of the same
+    names. One without any object in any of the files, such as an exporter's root of all categories, is no class; two
+    of one name are one class. Both is said. Images without objects are kept. Crowds (``iscrowd``) do not train;
+    evaluation has them. A box without width or height is left out, with a count; one that reaches out of its image by
+    up to a pixel is cut to it. Two entries for one image file are joined.
+
+    Files and folders that are not named are looked for below ``root``, in any usual spelling of train, valid and test:
+    ``train.json`` and ``train/``, ``annotations/instances_val2017.json`` and ``val2017/``,
+    ``valid/_annotations.coco.json`` with the images beside it. Where there is no validation file, a fifth of the
+    training images validate; where there is no test file, testing uses the validation images; both are said.
+
+    Numbers may be text or floats; sizes of images, ids and areas of annotations, ``iscrowd``, and boxes where there are
+    polygons may be missing. An image's name may have backslashes, folders that are not there and no ending, as long
+    as one image alone fits it.
 
     Training images are mirrored and resized at random. Evaluation images are as they are in their files: the
     detector resizes them. Boxes and masks are always in pixels of the image of the batch, ``area`` is the file's.
 
     All records are checked before the first step; with ``verify`` also that every image is there, has a header that
-    can be read and has the size that the JSON says.
+    can be read and has the size that the JSON says. Loader processes share the records.
 
     Args:
         root: Folder that the other paths start from.
@@ -45,7 +53,7 @@ class CocoData(LoadedData):
         val_images: Folder of the validation images.
         val_annotations: Their JSON file.
         test_images: Folder of the test images; that of the validation images if None.
-        test_annotations: Their JSON file; the validation images are tested if None.
+        test_annotations: Their JSON file; the validation images are tested if there is none.
         predict_root: Folder whose images, at any depth, ``predict`` runs over; the test images if None.
         masks: Targets have instance masks.
         batch_size: Images per batch and device.
@@ -61,6 +69,8 @@ class CocoData(LoadedData):
             out (cut a box that reaches out of its image) and say how many there were of each kind; every image is
             decoded once for this.
         verify: False leaves out the check of the image files.
+        orientation: What boxes and masks refer to where a file has an EXIF orientation and the JSON's sizes do not
+            tell: ``seen``, the picture as viewers and labelling tools show it, or ``stored``, as it lies in the file.
 
     Raises:
         FileNotFoundError: A JSON file or folder does not exist.
@@ -70,10 +80,10 @@ class CocoData(LoadedData):
     def __init__(
             self,
             root: str = "data/coco",
-            train_images: str = "train2017",
-            train_annotations: str = "annotations/instances_train2017.json",
-            val_images: str = "val2017",
-            val_annotations: str = "annotations/instances_val2017.json",
+            train_images: str | None = None,
+            train_annotations: str | None = None,
+            val_images: str | None = None,
+            val_annotations: str | None = None,
             test_images: str | None = None,
             test_annotations: str | None = None,
             predict_root: str | None = None,
@@ -87,289 +97,302 @@ class CocoData(LoadedData):
             large_scale_jitter: int | None = None,
             on_error: Literal["raise", "skip"] = "raise",
             verify: bool = True,
+            orientation: Literal["seen", "stored"] = "seen",
     ):
-        super().__init__(batch_size, num_workers, seed)
-        if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
-            raise ValueError(f"train_sizes must be one or more lengths in pixels, or null, got {train_sizes}")
-        self.root, self.masks, self.verify, self.on_error = Path(root), masks, verify, on_error
-        self.predict_root = None if predict_root is None else Path(predict_root)
-        self.files = {
-            "train": (self.root / train_images, self.root / train_annotations),
-            "val": (self.root / val_images, self.root / val_annotations),
-        }
+        super().__init__(
+            root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
+            on_error, verify, orientation)
         if test_annotations is not None:
-            self.files["test"] = (self.root / (test_images or val_images), self.root / test_annotations)
-        self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter)
-        self.collate = collate_detection
-        Faults(root, on_error)  # complains about on_error
-        self._contents: dict[str, dict[str, Any]] = {"val": _read_json(self.files["val"][1])}
-        self.categories = _categories(self._contents["val"], self.files["val"][1])
-        self.category_ids = list(self.categories)
-        self.class_names = list(self.categories.values())
+            test_images = test_images or val_images
+        named: dict[str, tuple[str | None, str | None]] = {
+            "train": (train_images, train_annotations), "val": (val_images, val_annotations),
+            "test": (test_images, test_annotations)}
+        files = {split: self.root / file for split, (_, file) in named.items() if file is not None}
+        if len(files) < len(named):
+            files = _find_files(self.root, set(named) - set(files), set(files.values())) | files
+        if not files:
+            raise FileNotFoundError(
+                f"{self.root} holds no annotations in COCO's format; data.init_args.root must be a folder with "
+                "train.json and train/*.jpg, or say where they are by train_annotations and train_images")
+        self._json: dict[str, Path] = files
+        self._contents: dict[str, dict[str, Any]] = {}
+        self._categories: dict[str, dict[int, str]] = {}
+        self._first = next(split for split in ("val", "train", "test") if split in files)
+        self._content(self._first)
+        self.files: dict[str, tuple[Path, Path]] = {}  # of each split: folder of images, annotations
+        for split, file in files.items():
+            folder = named[split][0]
+            self.files[split] = self._image_folder(split) if folder is None else self.root / folder, file
+        found = [f"{split} {file} with the images of {folder}" for split, (folder, file) in self.files.items()
+                 if named[split][1] is None]
+        if found:
+            rank_zero_info(f"Found in {self.root}: {'; '.join(found)}.")
+        self._choose_classes()
+
+    def _has(self, split: str) -> bool:
+        return split in self.files
+
+    def _source(self, split: str) -> Path:
+        return self.files[split][1]
+
+    def _content(self, split: str) -> dict[str, Any]:
+        """The content of a split's file, which is kept until its records are made."""
+        if split not in self._contents:
+            self._contents[split] = _read_json(self._json[split])
+            self._categories[split] = _categories(self._contents[split], self._json[split])
+        return self._contents[split]
+
+    def _choose_classes(self) -> None:
+        """``category_ids`` and ``class_names``: the categories of the first split that have objects anywhere."""
+        first = self._first
+        names, file = self._categories[first], self._json[first]
+        used = self._used(first)
+        # The other files, which may be large, are read now only if it depends on them whether there is a class.
+        for split in self._json:
+            if split != first and used != set(names.values()) and self._json[split].is_file():
+                self._content(split)
+                self._check_names(split)
+                used |= self._used(split)
+        unused = [name for name in dict.fromkeys(names.values()) if name not in used]
+        if unused and used:
+            rank_zero_info(f"{file}: left out of the classes, as they have no object in any split: "
+                           f"{', '.join(unused[:10])}{f' and {len(unused) - 10} more' if len(unused) > 10 else ''}")
+        for category, name in names.items():
+            if name in self.class_names:
+                rank_zero_info(f"{file}: two categories are called {name!r}: they are one class.")
+            elif name in used or not used:
+                self.category_ids.append(category)
+                self.class_names.append(name)
         self.num_classes = len(self.class_names)
-        self.records: dict[str, list[_Record]] = {}
 
-    def setup(self, stage: str) -> None:
-        """Reads and checks what ``stage`` needs: ``records[split]`` are the images of a split with their objects."""
-        predicted = () if self.predict_root else ("test",)
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": predicted}[stage]:
-            if split not in self.records:
-                self._list_split(split)
+    def _used(self, split: str) -> set[str]:
+        names = self._categories[split]
+        ids = {_key(annotation.get("category_id")) for annotation in self._content(split)["annotations"]}
+        return {name for category, name in names.items() if category in ids}
 
-    def train_dataloader(self) -> DataLoader:
-        """Training images in random size, shuffled."""
-        return self._train_loader(_Images(self.files["train"][0], self.records["train"], self.masks, self.transform))
+    def _check_names(self, split: str) -> None:
+        """Complains if a file has other categories than that of the first split."""
+        ours, theirs = self._categories[self._first], self._categories[split]
+        other = next((name for name in [*theirs.values(), *ours.values()]
+                      if (name in ours.values()) != (name in theirs.values())), None)
+        if other is not None:
+            category = next(number for number, name in {**ours, **theirs}.items() if name == other)
+            raise ValueError(f"{self._json[split]} and {self._json[self._first]} have different categories: "
+                             f"{other!r} with id {category} is in one of them only")
 
-    def val_dataloader(self) -> DataLoader:
-        """Validation images."""
-        return self._eval_loader(_Images(self.files["val"][0], self.records["val"], self.masks))
+    def _image_folder(self, split: str) -> Path:
+        """The folder that the names in a file start from: the first of the likely ones that has one of the images."""
+        beside = self._json[split].parent
+        folders = _folders(self.root)
+        of_split = [folder for folder in folders if split_of(folder.name) == split]
+        likely = [*of_split, *(folder / "images" for folder in of_split), beside, beside / "images", self.root,
+                  *folders]
+        for image in self._content(split)["images"][:20]:
+            name = str(image.get("file_name")).replace("\\", "/")
+            for folder in likely:
+                if os.path.isfile(folder / name):
+                    return folder
+        return self.root
 
-    def test_dataloader(self) -> DataLoader:
-        """Test images."""
-        return self._eval_loader(_Images(self._test_folder(), self.records["test"], self.masks))
-
-    def predict_dataloader(self) -> DataLoader:
-        """Images of ``predict_root`` (or the test images) without annotations."""
-        if self.predict_root is None:
-            return self._eval_loader(_Images(self._test_folder(), self.records["test"], annotated=False))
-        if not self.predict_root.is_dir():
-            raise FileNotFoundError(f"predict_root {self.predict_root} is not a folder")
-        names = [str(file.relative_to(self.predict_root)) for file in find_images(self.predict_root)]
-        if not names:
-            raise ValueError(f"predict_root {self.predict_root} holds no images ({EXTENSIONS})")
-        records = [_Record(number, name, None, []) for number, name in enumerate(names, start=1)]
-        faults = Faults(self.predict_root, self.on_error)
-        records = self._check_files(self.predict_root, records, faults)
-        faults.report()
-        return self._eval_loader(_Images(self.predict_root, records, annotated=False))
-
-    def _test_folder(self) -> Path:
-        return self.files["test" if "test" in self.files else "val"][0]
-
-    def _list_split(self, split: str) -> None:
-        if split not in self.files:
-            rank_zero_info("There is no test_annotations: the validation images are used.")
-            self.setup("validate")
-            self.records["test"] = self.records["val"]
-            return
-        folder, file = self.files[split]
+    def _listed(self, split: str, faults: Faults) -> list[Listed]:
+        folder = self.files[split][0]
         if not folder.is_dir():
             raise FileNotFoundError(f"image folder {folder} does not exist ({split}_images of the data)")
-        content = self._contents.pop(split, None) or _read_json(file)
-        categories = _categories(content, file)
-        if categories != self.categories:
-            other = next(iter(set(categories.items()) ^ set(self.categories.items())))
-            raise ValueError(f"{file} and {self.files['val'][1]} have different categories: {other[1]!r} with id "
-                             f"{other[0]} is in one of them only")
-        faults = Faults(file, self.on_error)
-        records = _read_records(content, self.category_ids, self.masks, faults)
-        records = self._check_files(folder, records, faults)
-        faults.report()
-        if not records:
-            raise ValueError(f"{file} lists no image that can be used")
-        if split == "train" and not any(not thing.crowd for record in records for thing in record.objects):
-            raise ValueError(f"{file} has no object to train on")
-        self.records[split] = records
-
-    def _check_files(self, folder: Path, records: list["_Record"], faults: Faults) -> list["_Record"]:
-        """The records whose image can be used; every header is read, and every pixel where faults are skipped."""
-        if not (self.verify or faults.skip):
-            return records
-        found = find_faults(decoding_fault if faults.skip else header_fault,
-                            [folder / record.name for record in records], [record.size for record in records])
-        for record, fault in zip(records, found, strict=True):
-            if fault:
-                faults.add(f"image {record.image_id}", "the image file cannot be used",
-                           f"{folder / record.name}: {fault}")
-        return [record for record, fault in zip(records, found, strict=True) if not fault]
-
-
-class _Object(NamedTuple):
-    label: int
-    box: tuple[float, float, float, float]  # left, top, right, bottom
-    area: float | None  # None: of the mask, or of the box
-    crowd: bool
-    segmentation: Any  # polygons as arrays, or an RLE
-
-
-class _Record(NamedTuple):
-    image_id: int
-    name: str
-    size: tuple[int, int] | None  # width, height; None: what the file has
-    objects: list[_Object]
+        content = self._content(split)
+        del self._contents[split]
+        if split != self._first:
+            self._check_names(split)
+        images, joined = _images(content["images"], folder, faults)
+        label_of_name = {name: label for label, name in enumerate(self.class_names, start=1)}
+        labels = {category: label_of_name[name] for category, name in self._categories[split].items()
+                  if name in label_of_name}
+        left_out = {_key(image.get("id")) for image in content["images"]} - set(images) - set(joined)
+        seen: set[str] = set()
+        for place, annotation in enumerate(content["annotations"]):
+            what = f"annotation {annotation.get('id', f'number {place + 1}')}"
+            of = _key(annotation.get("image_id"))
+            image = None if of is None else images.get(joined.get(of, of))
+            if image is None:
+                if of is None or of not in left_out:
+                    faults.add(what, "its image is not in the list of images", f"image_id {annotation.get('image_id')}")
+                continue
+            label = labels.get(_key(annotation.get("category_id")))  # type: ignore[arg-type]
+            if label is None:
+                faults.add(what, "its category is not in the list of categories",
+                           f"category_id {annotation.get('category_id')}, image {image.name}")
+                continue
+            crowd = _crowd(annotation.get("iscrowd"))
+            if crowd is None:
+                faults.add(what, "its iscrowd is neither 0 nor 1", f"{annotation['iscrowd']!r}, image {image.name}")
+                continue
+            if joined:  # an image that is listed twice may have each of its objects twice
+                same = repr((image.image_id, label, annotation.get("bbox"), annotation.get("segmentation")))
+                if same in seen:
+                    continue
+                seen.add(same)
+            image.things.append(Thing(
+                what, label, annotation.get("bbox") or None, annotation.get("segmentation"), annotation.get("area"),
+                crowd))
+        return list(images.values())
 
 
-class _Images(Dataset):
-    """Images with targets; crowds and ``file_name`` depend on whether they train, which they do with a transform."""
+def _find_files(root: Path, splits: set[str], named: set[Path]) -> dict[str, Path]:
+    """The annotation files below ``root`` for these splits; a single one that speaks of no split is for training."""
+    if not root.is_dir():
+        return {}
+    files = [file for file in walk(root, [".json"], depth=4) if file not in named]
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        places = [file.stem, *(part.name for part in file.parents if root in part.parents)]
+        split = next((split for place in places if (split := split_of(place))), None)
+        found.setdefault(split or "", []).append(file)
+    if not named and "train" not in found and "" in found:
+        found["train"] = found[""]
+    chosen = {}
+    for split in sorted(splits & set(found)):
+        likely = found[split]
+        for word in ("instances", "coco", "annotations"):
+            if len(likely) > 1:
+                likely = [file for file in likely if word in file.stem.lower()] or likely
+        if len(likely) > 1:
+            likely = [file for file in likely[:20] if _is_coco(file)] or likely
+        if len(likely) > 1:
+            _refuse_foreign(likely[0])
+            raise ValueError(f"{root} has several files that could be the annotations of {split}: "
+                             f"{', '.join(str(file.relative_to(root)) for file in likely[:5])}; name one by "
+                             f"{split}_annotations")
+        chosen[split] = likely[0]
+    return chosen
 
-    def __init__(
-            self, folder: Path, records: list[_Record], masks: bool = False,
-            transform: Callable[..., Any] | None = None, annotated: bool = True):
-        self.folder, self.records, self.masks = folder, records, masks
-        self.transform, self.annotated = transform, annotated
 
-    def __len__(self) -> int:
-        return len(self.records)
+def _is_coco(file: Path) -> bool:
+    try:
+        _read_json(file)
+    except ValueError:
+        return False
+    return True
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        record = self.records[index]
-        file = self.folder / record.name
-        image = F.to_image(read_image(file, HINT))
-        height, width = size = tuple(image.shape[-2:])
-        if record.size not in (None, (width, height)):
-            raise ValueError(f"{file} is {width} x {height} pixels, but its record {record.image_id} says "
-                             f"{record.size[0]} x {record.size[1]}; {HINT}")  # type: ignore[index]
-        target: dict[str, Any] = {"image_id": record.image_id, "orig_size": torch.tensor(size)}
-        if self.annotated:
-            target |= self._annotations(record, file, size)
-        if self.transform is None:
-            target["file_name"] = record.name
-        else:
-            image, target = self.transform(image, target)
-        return to_image(image).as_subclass(Tensor), {
-            key: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for key, value in target.items()}
 
-    def _annotations(self, record: _Record, file: Path, size: tuple[int, int]) -> dict[str, Tensor]:
-        objects = [thing for thing in record.objects if self.transform is None or not thing.crowd]
-        boxes = torch.tensor([thing.box for thing in objects], dtype=torch.float32).reshape(-1, 4)
-        area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
-        target: dict[str, Tensor] = {}
-        if self.masks:
-            masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
-            for index, thing in enumerate(objects):
-                try:
-                    masks[index] = torch.from_numpy(_mask(thing.segmentation, size))
-                except ValueError as error:
-                    raise ValueError(f"{file}: the mask of object {index + 1} cannot be decoded: {error}") from error
-            area = masks.flatten(1).sum(1).float()
-            target["masks"] = tv_tensors.Mask(masks)
-        for index, thing in enumerate(objects):
-            if thing.area is not None:
-                area[index] = thing.area
-        return target | {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
-            "labels": torch.tensor([thing.label for thing in objects], dtype=torch.int64),
-            "area": area,
-            "iscrowd": torch.tensor([thing.crowd for thing in objects], dtype=torch.int64),
-        }
+def _folders(root: Path) -> list[Path]:
+    """The folders in ``root`` and in those, by depth."""
+    if not root.is_dir():
+        return []
+    first = visible_folders(root)
+    return [*first, *(inner for folder in first for inner in visible_folders(folder))]
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"annotation file {file} does not exist")
-    try:
-        content = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    content = _parsed(file)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            _refuse_foreign(file, content)
             raise ValueError(f"{file} is not in COCO's format: it has no list {key!r}")
         if not all(isinstance(record, dict) for record in content[key]):
             raise ValueError(f"{file} is not in COCO's format: its list {key!r} holds something else than records")
     return content
 
 
+def _parsed(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"annotation file {file} does not exist")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def _refuse_foreign(file: Path, content: Any = None) -> None:
+    """Complains about the format of another tool, by its name."""
+    content = _parsed(file) if content is None else content
+    first = content[0] if isinstance(content, list) and content else content
+    for tool, keys in FOREIGN.items():
+        if isinstance(first, dict) and all(key in first for key in keys):
+            raise ValueError(f"{file} is in {tool}'s own format: export the annotations as COCO, VOC or YOLO "
+                             "(docs/your-data.md says how)")
+
+
 def _categories(content: dict[str, Any], file: Path) -> dict[int, str]:
     """Names of the categories by id, in the order of the ids."""
     names: dict[int, str] = {}
+    groups: dict[str, Any] = {}
     for category in content["categories"]:
-        number, name = category.get("id"), category.get("name")
-        if not isinstance(number, int) or not isinstance(name, str):
+        key, name = _key(category.get("id")), category.get("name")
+        if not isinstance(key, int) or not isinstance(name, str):
             raise ValueError(f"{file}: a category needs an integer id and a name, got {category}")
-        if number in names:
-            raise ValueError(f"{file}: two categories have the id {number}: {names[number]!r} and {name!r}")
-        names[number] = name
+        if key in names:
+            raise ValueError(f"{file}: two categories have the id {key}: {names[key]!r} and {name!r}")
+        group = category.get("supercategory")
+        if groups.setdefault(name, group) != group:
+            raise ValueError(f"{file}: two categories are called {name!r}, one of {groups[name]!r} and one of "
+                             f"{group!r}: rename one, or give both the same supercategory")
+        names[key] = name
     if not names:
         raise ValueError(f"{file} has no categories")
     return dict(sorted(names.items()))
 
 
-def _read_records(content: dict[str, Any], category_ids: list[int], masks: bool, faults: Faults) -> list[_Record]:
-    """The images of a file with those of their objects that can be used; the others go to ``faults``."""
-    records: dict[int, _Record] = {}
-    for place, image in enumerate(content["images"]):
-        number, name, shape = image.get("id"), image.get("file_name"), (image.get("width"), image.get("height"))
-        if not isinstance(number, int) or not isinstance(name, str):
-            faults.add(f"image {number if number is not None else f'number {place + 1}'}",
+def _images(
+        records: list[dict[str, Any]], folder: Path,
+        faults: Faults) -> tuple[dict[int | str, Listed], dict[int | str, int | str]]:
+    """The images by id, and for those that are joined with another of the same file, its id."""
+    images: dict[int | str, Listed] = {}
+    joined: dict[int | str, int | str] = {}
+    finder, by_file, guessed = Finder(folder), dict[str, int | str](), list[tuple[int | str, str]]()
+    for place, image in enumerate(records):
+        key, name, shape = _key(image.get("id")), image.get("file_name"), (image.get("width"), image.get("height"))
+        if key is None or not isinstance(name, str) or not name:
+            faults.add(f"image {image.get('id') if image.get('id') is not None else f'number {place + 1}'}",
                        "an image needs an integer id and a file_name")
-        elif not all(isinstance(side, int) and side > 0 for side in shape):
-            faults.add(f"image {number}", "an image needs a width and a height", f"got {shape[0]} and {shape[1]}")
-        elif number in records:
-            faults.add(f"image {number}", "two images have this id", f"{records[number].name} and {name}")
+            continue
+        sides = tuple(None if side is None else _whole(side) for side in shape)
+        if set(shape) - {None, 0} and not all(side and side > 0 for side in sides):  # none at all: the file has them
+            faults.add(f"image {key}", "an image needs a width and a height", f"got {shape[0]} and {shape[1]}")
+            continue
+        if key in images or key in joined:
+            other = images[joined.get(key, key)].name
+            faults.add(f"image {key}", "two images have this id", f"{other} and {name}")
+            continue
+        file, exact = finder.find(name)
+        first = by_file.setdefault(os.path.normpath(file), key)
+        size = None if not all(sides) else sides
+        if first == key:
+            images[key] = Listed(key, name, file, size, [])  # type: ignore[arg-type]
+            if not exact:
+                guessed.append((key, name))
+        elif _plain(images[first].name) != _plain(name) and not exact:
+            # Another image has this file with better right.
+            images[key] = Listed(key, name, folder / _plain(name), size, [])  # type: ignore[arg-type]
+        elif size is not None and images[first].size not in (None, size):
+            faults.add(f"image {key}", "it has the file of another image, but another size", f"{name}, image {first}")
         else:
-            records[number] = _Record(number, name, shape, [])  # type: ignore[arg-type]
-    labels = {number: label for label, number in enumerate(category_ids, start=1)}
-    degenerate = 0
-    for place, annotation in enumerate(content["annotations"]):
-        what = f"annotation {annotation.get('id', f'number {place + 1}')}"
-        record = records.get(annotation.get("image_id"))  # type: ignore[arg-type]
-        if record is None:
-            faults.add(what, "its image is not in the list of images", f"image_id {annotation.get('image_id')}")
-            continue
-        width, height = size = record.size or (0, 0)
-        where = f"image {record.name} of {width} x {height} pixels"
-        label = labels.get(annotation.get("category_id"))  # type: ignore[arg-type]
-        if label is None:
-            faults.add(what, "its category is not in the list of categories",
-                       f"category_id {annotation.get('category_id')}, image {record.name}")
-            continue
-        box, fault = _box(annotation.get("bbox"), size)
-        if fault:
-            remedy = "left out" if box is None else "cut to it"
-            faults.add(what, fault, f"bbox {annotation.get('bbox')}, {where}", remedy)
-        if box is None:
-            degenerate += not fault
-            continue
-        segmentation = None
-        if masks:
-            segmentation, fault = _segmentation(annotation.get("segmentation"), size)
-            if fault:
-                faults.add(what, fault, where)
-                continue
-        area = annotation.get("area")
-        record.objects.append(_Object(label, box, area if isinstance(area, (int, float)) else None,
-                                      bool(annotation.get("iscrowd", 0)), segmentation))
-    if degenerate:
-        rank_zero_info(f"{faults.source}: {degenerate} boxes without width or height are left out.")
-    return list(records.values())
+            joined[key] = first
+            faults.note(f"image {key}", "another image has the same file", f"{name}, image {first}",
+                        "joined with it")
+    return images, joined
 
 
-def _box(box: Any, size: tuple[int, int]) -> tuple[tuple[float, float, float, float] | None, str]:
-    """Edges of a ``[left, top, width, height]``, cut to the image, and what is wrong with it; None: unusable."""
-    if not (isinstance(box, list) and len(box) == 4
-            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in box)):
-        return None, "its bbox is not four numbers"
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        return None, ""
-    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
-    if left >= right or top >= bottom:
-        return None, "its box lies outside the image"
-    outside = max(-x, -y, x + w - size[0], y + h - size[1]) > 1
-    return (left, top, right, bottom), "its box reaches out of the image" if outside else ""
+def _plain(name: str) -> str:
+    return os.path.normpath(name.replace("\\", "/"))
 
 
-def _segmentation(value: Any, size: tuple[int, int]) -> tuple[Any, str]:
-    """Polygons as arrays or an RLE as pycocotools has it, and what is wrong with it."""
-    shape = [size[1], size[0]]
-    if isinstance(value, dict):
-        counts, found = value.get("counts"), value.get("size")
-        if found is None or list(found) != shape:
-            return None, "its mask has another size than its image"
-        if isinstance(counts, str):
-            return {"size": shape, "counts": counts.encode()}, ""
-        if not isinstance(counts, list) or sum(counts) != shape[0] * shape[1]:
-            return None, "the runs of its mask do not add up to its image"
-        return rle.frPyObjects({"size": shape, "counts": counts}, *shape), ""
-    if not isinstance(value, list) or not value:
-        return None, "it has no segmentation, but masks were asked for"
-    if not all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in value):
-        return None, "its segmentation has a polygon of less than three points"
-    return [np.array(polygon, dtype=np.float64) for polygon in value], ""
+def _key(value: Any) -> int | str | None:
+    """An id: a whole number, also of text or a float, or else text; None if it is neither."""
+    whole = _whole(value)
+    return whole if whole is not None else value if isinstance(value, str) and value else None
 
 
-def _mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """The mask ``[H, W]`` uint8 of polygons or of an RLE."""
-    if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects([polygon.tolist() for polygon in segmentation], *size))
-    return rle.decode(segmentation)
+def _whole(value: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    found = number(value)
+    return int(found) if found is not None and found.is_integer() else None
+
+
+def _crowd(value: Any) -> bool | None:
+    """``iscrowd`` as the tools write it; None if it cannot be told."""
+    if value is None:
+        return False
+    value = value.strip().lower() if isinstance(value, str) else value
+    if not isinstance(value, Hashable):
+        return None
+    return True if value in YES else False if value in NO else None

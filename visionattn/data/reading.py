@@ -35,7 +35,7 @@ class Faults:
         self.source, self.skip = source, on_error == "skip"
         self.kinds: Counter[tuple[str, str]] = Counter()
         self.first: dict[tuple[str, str], str] = {}
-        self.listed: list[tuple[str, str, str]] = []  # the first LISTED of them: which, what is wrong, what became of it
+        self.listed: list[tuple[str, str, str]] = []  # which, what is wrong, what became of it
         self.more = 0  # how many are not listed
 
     def add(self, record: str, kind: str, detail: str = "", remedy: str = "left out") -> None:

@@ -1,0 +1,552 @@
+"""What the detection data have in common, whatever format their boxes come in: checks, targets, loaders."""
+import math
+import os
+import pickle
+import unicodedata
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as F
+
+from .dense_transforms import detection_transform, to_image
+from .loading import LoadedData, collate_detection
+from .polygons import mask_of, number, segmentation_of
+from .reading import (
+    EXTENSIONS,
+    Faults,
+    decoding_fault,
+    find_faults,
+    find_images,
+    header_fault,
+    read_image,
+    shared_files,
+)
+from .report import DataReport, SplitReport
+from .splits import is_visible
+
+__all__ = ["DetectionData", "Finder", "Listed", "Thing", "walk"]
+
+HINT = "replace it, or set verify to true and on_error to skip"  # for a file that fails in training
+EDGELESS = "its box has no width or height"
+SHARES = ("its box looks like shares of the image, from 0 to 1, where pixels are expected: multiply left and width by "
+          "the image's width, top and height by its height")
+
+
+class Thing(NamedTuple):
+    """An object as its file has it, unchecked.
+
+    Attributes:
+        what: Which record of the file it is.
+        label: Number of its class, from 1 on.
+        box: ``[left, top, width, height]``; None: that around ``segmentation``.
+        segmentation: Polygons or an RLE as COCO has them, or None.
+        area: In pixels; None: that of the mask or of the box.
+        crowd: Whether it is many objects, or one that is too difficult: it does not train.
+        shares: Lengths are shares of the image's, not pixels.
+    """
+
+    what: str
+    label: int
+    box: Any
+    segmentation: Any = None
+    area: Any = None
+    crowd: bool = False
+    shares: bool = False
+
+
+class Listed(NamedTuple):
+    """An image as the annotations have it.
+
+    Attributes:
+        image_id: Its number, or its name where the file has no numbers.
+        name: What results about it are called: its path in its folder.
+        file: Where it is.
+        size: Width and height that its objects refer to; None: those of the file.
+        things: Its objects.
+    """
+
+    image_id: int | str
+    name: str
+    file: Path
+    size: tuple[int, int] | None
+    things: list[Thing]
+
+
+class DetectionData(LoadedData):
+    """Images with boxes, and masks if asked for.
+
+    A format's class sets ``class_names`` and ``category_ids`` and says by ``_has``, ``_source`` and ``_listed`` which
+    splits there are and what they hold; the rest is done here. Where there are no validation images, a fifth of the
+    training images validate, always the same; where there are no test images, testing uses the validation images;
+    both are said. ``records[split]`` are the checked images of a split, ``report`` the counts.
+
+    Args:
+        root: Folder of the data.
+        predict_root: Folder whose images, at any depth, ``predict`` runs over; the test images if None.
+        masks: Targets have instance masks.
+        batch_size: Images per batch and device.
+        num_workers: Loader processes.
+        seed: Order of the training images and random numbers of the loader's processes.
+        train_sizes: Lengths that the shorter side of a training image may get, in pixels; None leaves the size to
+            the detector, which resizes images by its own ``min_size``.
+        max_size: Bound of the longer side, with ``train_sizes``.
+        hflip: Probability of a mirrored training image.
+        large_scale_jitter: Side of square training images by a random resize of 0.1 to 2 and a crop, such as 1024
+            (the detector's ``min_size`` and ``max_size`` should be the same); replaces ``train_sizes``. None is off.
+        on_error: What to do with a record or file that cannot be used. ``raise``: stop and name it. ``skip``: leave it
+            out (cut a box that reaches out of its image) and say how many there were of each kind; every image is
+            decoded once for this.
+        verify: False leaves out the check of the image files.
+        orientation: What boxes and masks refer to where a file has an EXIF orientation and the size that the
+            annotations say does not tell: ``seen`` is the picture as viewers and labelling tools show it, ``stored``
+            the pixels as they lie in the file. The images themselves are always loaded as they are seen.
+
+    Raises:
+        FileNotFoundError: A file or folder does not exist.
+        ValueError: The message names the file and the record.
+    """
+
+    def __init__(
+            self, root: str, predict_root: str | None, masks: bool, batch_size: int, num_workers: int, seed: int,
+            train_sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None,
+            on_error: Literal["raise", "skip"], verify: bool, orientation: Literal["seen", "stored"]):
+        super().__init__(batch_size, num_workers, seed)
+        if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
+            raise ValueError(f"train_sizes must be one or more lengths in pixels, or null, got {train_sizes}")
+        if orientation not in ("seen", "stored"):
+            raise ValueError(f"orientation must be seen or stored, got {orientation!r}")
+        self.root, self.masks, self.verify, self.on_error = Path(root), masks, verify, on_error
+        self.stored = orientation == "stored"
+        self.predict_root = None if predict_root is None else Path(predict_root)
+        self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter)
+        self.collate = collate_detection
+        Faults(root, on_error)  # complains about on_error
+        self.class_names: list[str] = []
+        self.category_ids: list[int] = []
+        self.records: dict[str, Records] = {}
+        self.report = DataReport("objects")
+
+    @abstractmethod
+    def _has(self, split: str) -> bool:
+        """Whether there is a split of its own for ``train``, ``val`` or ``test``."""
+
+    @abstractmethod
+    def _source(self, split: str) -> str | Path:
+        """What a split is read from, for messages."""
+
+    @abstractmethod
+    def _listed(self, split: str, faults: Faults) -> list[Listed]:
+        """The images of a split that there is, with unchecked objects; what cannot be read goes to ``faults``."""
+
+    def setup(self, stage: str) -> None:
+        """Reads and checks what ``stage`` needs: ``records[split]`` are the images of a split with their objects."""
+        predicted = () if self.predict_root else ("test",)
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": predicted}[stage]:
+            if split not in self.records:
+                self._list_split(split)
+        if stage == "fit":
+            for split in ("val", "test"):
+                self._warn_of_shared(split)
+
+    def train_dataloader(self) -> DataLoader:
+        """Training images in random size, shuffled."""
+        return self._train_loader(_Images(self.records["train"], self.masks, self.stored, self.transform))
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation images."""
+        return self._eval_loader(_Images(self.records["val"], self.masks, self.stored))
+
+    def test_dataloader(self) -> DataLoader:
+        """Test images."""
+        return self._eval_loader(_Images(self.records["test"], self.masks, self.stored))
+
+    def predict_dataloader(self) -> DataLoader:
+        """Images of ``predict_root`` (or the test images) without annotations."""
+        if self.predict_root is None:
+            return self._eval_loader(_Images(self.records["test"], annotated=False))
+        if not self.predict_root.is_dir():
+            raise FileNotFoundError(f"predict_root {self.predict_root} is not a folder")
+        files = find_images(self.predict_root)
+        if not files:
+            raise ValueError(f"predict_root {self.predict_root} holds no images ({EXTENSIONS})")
+        faults = Faults(self.predict_root, self.on_error)
+        images = self._check_files([
+            Listed(count, str(file.relative_to(self.predict_root)), file, None, [])
+            for count, file in enumerate(files, start=1)], faults)
+        faults.report()
+        return self._eval_loader(_Images(
+            Records(Record(image.image_id, image.name, str(image.file), None, []) for image in images),
+            annotated=False))
+
+    def _list_split(self, split: str) -> None:
+        if split == "test" and not self._has("test"):
+            rank_zero_info(f"There is no test split in {self.root}: the validation images are used.")
+            self.setup("validate")
+            self.records["test"] = self.records["val"]
+        elif split in ("train", "val") and not self._has("val"):
+            self._hold_out()
+        else:
+            records, faults = self._read(split)
+            self._keep(split, records, faults)
+
+    def _hold_out(self) -> None:
+        """A fifth of the training images becomes the validation images."""
+        records, faults = self._read("train")
+        if len(records) < 2:
+            raise ValueError(f"{faults.source} has a single image: too few to hold some out for validation; add images "
+                             "or a validation split")
+        train, val = train_test_split(range(len(records)), test_size=max(1, round(0.2 * len(records))), random_state=0)
+        rank_zero_info(f"There are no validation images: of the {len(records)} images of {faults.source}, {len(train)} "
+                       f"train and {len(val)} validate, always the same.")
+        self._keep("train", [records[index] for index in sorted(train)], faults)
+        self._keep("val", [records[index] for index in sorted(val)], Faults(faults.source, self.on_error))
+
+    def _keep(self, split: str, records: list["Record"], faults: Faults) -> None:
+        counts = Counter(thing.label for record in records for thing in record.objects if not thing.crowd)
+        if split == "train" and not counts:
+            raise ValueError(f"{faults.source} has no object to train on")
+        self.report.splits[split] = SplitReport(
+            len(records), {name: counts[label] for label, name in enumerate(self.class_names, start=1)},
+            faults.listed, faults.more)
+        self.records[split] = Records(records)
+
+    def _read(self, split: str) -> tuple[list["Record"], Faults]:
+        """The images of a split that can be used, with their objects, and what was wrong with others."""
+        if not self._has(split):
+            raise ValueError(f"{self.root} has no {split} split")
+        faults = Faults(self._source(split), self.on_error)
+        images = self._check_files(self._listed(split, faults), faults)
+        records = [Record(image.image_id, image.name, str(image.file), image.size, [
+            found for thing in image.things if (found := self._check(thing, image, faults))]) for image in images]
+        edgeless = faults.kinds.pop((EDGELESS, "left out"), 0)
+        if edgeless:
+            rank_zero_info(f"{faults.source}: {edgeless} boxes without width or height are left out; the first is "
+                           f"{faults.first[EDGELESS, 'left out']}")
+        faults.report()
+        if not records:
+            raise ValueError(f"{faults.source} lists no image that can be used")
+        return records, faults
+
+    def _check_files(self, images: list[Listed], faults: Faults) -> list[Listed]:
+        """The images whose file can be used, with their sizes; of each the header is read, or all where faults skip."""
+        whole = self.verify or faults.skip
+        looked_at = [image.file for image in images if whole or image.size is None]
+        headers = dict(zip(looked_at, find_faults(partial(_header, decode=faults.skip), looked_at), strict=True))
+        good = []
+        for image in images:
+            header = headers.get(image.file)
+            if header is None:
+                good.append(image)
+                continue
+            fault, size = header.fault, image.size or (header.stored if self.stored else header.seen)
+            if not fault and size not in (header.seen, header.stored):
+                fault = (f"it is {header.seen[0]} x {header.seen[1]} pixels, not {size[0]} x {size[1]}")
+            if fault:
+                faults.add(f"image {image.image_id}", "the image file cannot be used", f"{image.file}: {fault}")
+            else:
+                good.append(image._replace(size=size))
+        return good
+
+    def _check(self, thing: Thing, image: Listed, faults: Faults) -> "Object | None":
+        """The object if it can be used, cut to its image; says why not, and what is mended."""
+        width, height = size = image.size or (0, 0)
+        where = f"image {image.name} of {width} x {height} pixels"
+        segmentation, box = None, thing.box
+        if self.masks or box is None:
+            scale = (width, height) if thing.shares else (1, 1)
+            segmentation, extent, fault, mended = segmentation_of(thing.segmentation, size, scale)
+            if box is None and extent is not None:
+                box = extent
+            elif thing.shares and box is not None:
+                box = [value * side for value, side in zip(box, size * 2, strict=True)]
+            if fault and (self.masks or thing.segmentation):
+                faults.add(thing.what, fault, where)
+                return None
+            if mended:
+                faults.note(thing.what, mended, where, "mended")
+        elif thing.shares:
+            box = [value * side for value, side in zip(box, size * 2, strict=True)]
+        edges, fault = _box(box, size)
+        if fault:
+            detail = f"bbox {box}, {where}"
+            if edges is not None:
+                detail += _as_corners(box, size)
+            (faults.note if fault is EDGELESS else faults.add)(
+                thing.what, fault, detail, "left out" if edges is None else "cut to it")
+        if edges is None:
+            return None
+        area = number(thing.area)
+        return Object(thing.label, edges, None if area is None or area < 0 else area, thing.crowd,
+                      segmentation if self.masks else None)
+
+    def _warn_of_shared(self, split: str) -> None:
+        if split not in self.report.splits or not self._has(split):
+            return
+        found = shared_files(*(
+            [Path(record.file) for record in self.records[name]] for name in (split, "train")))
+        if found:
+            rank_zero_warn(f"{len(found)} of the {len(self.records[split])} {split} images are training images too, "
+                           f"such as {found[0]}: what is measured on them says little.")
+
+
+class Object(NamedTuple):
+    """An object that was checked; lengths in pixels."""
+
+    label: int
+    box: tuple[float, float, float, float]  # left, top, right, bottom
+    area: float | None  # None: of the mask, or of the box
+    crowd: bool
+    segmentation: Any  # polygons as lists of numbers, an RLE as pycocotools has it, or None
+
+
+class Record(NamedTuple):
+    """An image that was checked."""
+
+    image_id: int | str
+    name: str
+    file: str
+    size: tuple[int, int] | None  # width, height that the objects refer to; None: there are none
+    objects: list[Object]
+
+
+class Records(Sequence):
+    """Records in one block of memory, which the loader's processes share.
+
+    Of Python objects each process would come to have a copy of its own, as reading one writes its reference count.
+    """
+
+    def __init__(self, records: Iterable[Record]):
+        packed = [pickle.dumps((*record[:-1], [tuple(thing) for thing in record.objects]), protocol=5)
+                  for record in records]
+        self._ends = torch.tensor([0, *map(len, packed)]).cumsum(0)
+        self._bytes = torch.frombuffer(bytearray(b"".join(packed)) or bytearray(1), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = self._bytes[int(self._ends[index]):int(self._ends[index + 1])].numpy()
+        record = Record(*pickle.loads(part.data))  # what __init__ wrote
+        return record._replace(objects=[Object(*thing) for thing in record.objects])
+
+
+class _Images(Dataset):
+    """Images with targets; crowds and ``file_name`` depend on whether they train, which they do with a transform."""
+
+    def __init__(
+            self, records: Records, masks: bool = False, stored: bool = False,
+            transform: Callable[..., Any] | None = None, annotated: bool = True):
+        self.records, self.masks, self.stored = records, masks, stored
+        self.transform, self.annotated = transform, annotated
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        record = self.records[index]
+        file = Path(record.file)
+        image = F.to_image(read_image(file, HINT))
+        size = tuple(image.shape[-2:])
+        target: dict[str, Any] = {"image_id": record.image_id, "orig_size": torch.tensor(size)}
+        if self.annotated:
+            target |= self._annotations(record, file, size)
+        if self.transform is None:
+            target["file_name"] = record.name
+        else:
+            image, target = self.transform(image, target)
+        return to_image(image).as_subclass(Tensor), {
+            key: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for key, value in target.items()}
+
+    def _annotations(self, record: Record, file: Path, size: tuple[int, ...]) -> dict[str, Tensor]:
+        turn = self._turn(record, file, size[::-1])
+        objects = [thing for thing in record.objects if self.transform is None or not thing.crowd]
+        boxes = torch.tensor([thing.box for thing in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes = _turned_boxes(boxes, turn, size)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        target: dict[str, Tensor] = {}
+        if self.masks:
+            masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
+            shape = size[::-1] if turn.transpose else size
+            for index, thing in enumerate(objects):
+                masks[index] = torch.from_numpy(np.ascontiguousarray(
+                    _turned(mask_of(thing.segmentation, shape), turn)))
+            area = masks.flatten(1).sum(1).float()
+            target["masks"] = tv_tensors.Mask(masks)
+        for index, thing in enumerate(objects):
+            if thing.area is not None:
+                area[index] = thing.area
+        return target | {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+            "labels": torch.tensor([thing.label for thing in objects], dtype=torch.int64),
+            "area": area,
+            "iscrowd": torch.tensor([thing.crowd for thing in objects], dtype=torch.int64),
+        }
+
+    def _turn(self, record: Record, file: Path, seen: tuple[int, ...]) -> "_Turn":
+        """What leads from the picture that the objects refer to to the one that was loaded, of size ``seen``."""
+        if record.size == seen and not self.stored:
+            return _TURNS[1]
+        header = _header(file, decode=False)
+        if record.size == header.stored and (self.stored or record.size != seen):
+            return _TURNS[header.tag]
+        if record.size != seen:
+            width, height = record.size or (0, 0)
+            raise ValueError(f"{file} is {seen[0]} x {seen[1]} pixels, but its record {record.image_id} says "
+                             f"{width} x {height}; {HINT}")
+        return _TURNS[1]
+
+
+class Finder:
+    """Finds the images that annotations name, also as other machines and tools spell them.
+
+    A name is taken as it is if there is such a file; then with slashes for backslashes, without leading folders, in
+    other case, and without its ending, where that fits one file alone.
+
+    Args:
+        folder: The images are in it, at any depth.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._known: dict[str, list[Path]] | None = None
+
+    def find(self, name: str) -> tuple[Path, bool]:
+        """The file, whether there is one or not, and whether its name is right as it stands (but for backslashes)."""
+        plain = name.replace("\\", "/")
+        for spelled in (name, plain):
+            if os.path.isfile(self.folder / spelled):
+                return self.folder / spelled, True
+        parts = PurePosixPath(plain).parts
+        known = self._files()
+        for start in range(len(parts)):
+            rest = "/".join(parts[start:])
+            for key in (rest, str(PurePosixPath(rest).with_suffix("")) if PurePosixPath(rest).name else rest):
+                found = known.get(_folded(key), [])
+                if len(found) == 1:
+                    return found[0], False
+        return self.folder / plain, False
+
+    def _files(self) -> dict[str, list[Path]]:
+        """Every image by each end of its path, with and without its extension."""
+        if self._known is None:
+            self._known = {}
+            for file in walk(self.folder, IMG_EXTENSIONS):
+                parts = file.relative_to(self.folder).parts
+                for start in range(len(parts)):
+                    whole = PurePosixPath(*parts[start:])
+                    for key in (str(whole), str(whole.with_suffix(""))):
+                        self._known.setdefault(_folded(key), []).append(file)
+        return self._known
+
+
+def walk(folder: Path, endings: Iterable[str], depth: int = 20) -> Iterator[Path]:
+    """Files with these endings (in lower case) below a folder, in a fixed order; hidden ones are left out."""
+    endings, seen = tuple(endings), set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real, level = os.path.realpath(parent), len(Path(parent).relative_to(folder).parts)
+        if real in seen or level >= depth:
+            folders.clear()
+            if real in seen:
+                continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if is_visible(name))
+        for name in sorted(names):
+            if name.lower().endswith(endings) and is_visible(name):
+                yield Path(parent, name)
+
+
+class _Header(NamedTuple):
+    fault: str
+    seen: tuple[int, int] = (0, 0)  # width, height
+    stored: tuple[int, int] = (0, 0)
+    tag: int = 1
+
+
+class _Turn(NamedTuple):
+    """How stored pixels become what is seen: by a transposition, then by mirroring."""
+
+    transpose: bool
+    mirror_x: bool
+    mirror_y: bool
+
+
+_TURNS = {  # by the value of EXIF's orientation
+    1: _Turn(False, False, False), 2: _Turn(False, True, False), 3: _Turn(False, True, True),
+    4: _Turn(False, False, True), 5: _Turn(True, False, False), 6: _Turn(True, True, False),
+    7: _Turn(True, True, True), 8: _Turn(True, False, True),
+}
+
+
+def _header(file: Path, decode: bool) -> _Header:
+    """Size and orientation of an image, or why it cannot be read."""
+    fault = (decoding_fault if decode else header_fault)(file)
+    if fault:
+        return _Header(fault)
+    with Image.open(file) as image:
+        tag = 1
+        if image.format != "PNG" or "exif" in image.info:  # of a PNG, all would be decoded in search of the tag
+            tag = image.getexif().get(0x0112, 1)
+        tag = tag if tag in _TURNS else 1
+        return _Header("", image.size[::-1] if _TURNS[tag].transpose else image.size, image.size, tag)
+
+
+def _turned(mask: np.ndarray, turn: _Turn) -> np.ndarray:
+    mask = mask.T if turn.transpose else mask
+    return mask[::-1 if turn.mirror_y else 1, ::-1 if turn.mirror_x else 1]
+
+
+def _turned_boxes(boxes: Tensor, turn: _Turn, size: tuple[int, ...]) -> Tensor:
+    """``boxes`` of the stored picture in the seen one of ``size`` (height, width)."""
+    left, top, right, bottom = boxes[:, [1, 0, 3, 2] if turn.transpose else [0, 1, 2, 3]].unbind(1)
+    height, width = size
+    if turn.mirror_x:
+        left, right = width - right, width - left
+    if turn.mirror_y:
+        top, bottom = height - bottom, height - top
+    return torch.stack([left, top, right, bottom], dim=1)
+
+
+def _box(box: Any, size: tuple[int, int]) -> tuple[tuple[float, float, float, float] | None, str]:
+    """Edges of a ``[left, top, width, height]``, cut to the image, and what is wrong with it; None: unusable."""
+    values = [number(value) for value in box] if isinstance(box, (list, tuple)) else []
+    if len(values) != 4 or not all(value is not None and math.isfinite(value) for value in values):
+        return None, "its bbox is not four numbers"
+    x, y, w, h = (float(value) for value in values)  # type: ignore[arg-type]
+    if w <= 0 or h <= 0:
+        return None, EDGELESS
+    if min(size) > 2 and min(x, y) >= 0 and max(x, y, w, h) <= 1.001 and not all(
+            value.is_integer() for value in (x, y, w, h)):
+        return None, SHARES
+    left, top, right, bottom = max(x, 0.), max(y, 0.), min(x + w, size[0]), min(y + h, size[1])
+    if left >= right or top >= bottom:
+        return None, "its box lies outside the image"
+    outside = max(-x, -y, x + w - size[0], y + h - size[1]) > 1
+    return (left, top, right, bottom), "its box reaches out of the image" if outside else ""
+
+
+def _as_corners(box: Any, size: tuple[int, int]) -> str:
+    """What to say of a box that would fit if it were two corners."""
+    left, top, right, bottom = map(float, box)
+    if left < right <= size[0] and top < bottom <= size[1]:
+        return "; it may hold right and bottom in place of width and height"
+    return ""
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
