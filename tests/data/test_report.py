@@ -17,11 +17,19 @@ def _report():
 
 def test_table_names_splits_classes_and_what_was_left_out():
     lines = _report().text().splitlines()
-    assert lines[0].split() == ["split", "images", "images", "left", "out", "or", "mended"]
-    assert lines[1].split()[:3] == ["train", "35", "35"]
+    assert lines[0].split() == ["split", "images", "left", "out", "or", "mended"]
+    assert lines[1].split()[:2] == ["train", "35"]
     assert "2 left out: damaged; 1 left out: empty" in lines[1]
     assert [line.split() for line in lines[3:7]] == [
         ["images", "train", "val"], ["cat", "30", "4"], ["dog", "2", "0"], ["emu", "3", "0"]]
+
+
+def test_few_images_are_named():
+    assert "35 training images are few" in _report().text()
+    report = DataReport()
+    report.splits["train"] = SplitReport(100, {"cat": 200})
+    assert "few" not in report.text()
+    assert report.text().splitlines()[1].split()[:3] == ["train", "100", "200"]
 
 
 def test_imbalance_and_lacking_classes_are_named():

@@ -1,7 +1,8 @@
 """Images in folders, one folder a class: the layout of ImageNet and of most people's own data."""
-import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,20 +14,40 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .loading import LoadedData
-from .reading import EXTENSIONS, decoding_fault, find_faults, find_images, header_fault, read_image
+from .pixels import MAX_PIXELS, Decoding
+from .reading import (
+    EXTENSIONS,
+    SEVERAL,
+    UNREADABLE,
+    Faults,
+    find_faults,
+    find_images,
+    is_image,
+    only_images,
+    read_image,
+    say_shared,
+)
+from .report import DataReport, SplitReport
+from .splits import is_visible, split_folders, split_of, visible_files, visible_folders
 
 __all__ = ["ImageFolderData"]
 
 Sample = tuple[Path, int]
 
+HINT = "replace or remove it, or set on_error to skip"
+SHOWN = 20  # files that are named one by one
+
 
 class ImageFolderData(LoadedData):
-    """Classification images in ``root/{train,val,test}/<class>/**/*.jpg`` (or ``validation`` for ``val``).
+    """Classification images in ``root/{train,val,test}/<class>/**/*.jpg``.
 
-    The classes are the folders of ``train``, in sorted order. Where there is no ``val``, ``val_fraction`` of every
-    class of ``train`` is taken for it; ``root/<class>/*.jpg``, without ``train``, is read as training images. Where
-    there is no ``test``, testing uses the validation images. Both are said when they happen. Augmentation and
-    evaluation crops are timm's (``timm.data.create_transform``).
+    The splits may be spelled in any usual way (``Train``, ``training``, ``valid``, ``dev``, ``testing``, ...), and a
+    folder that holds nothing but one folder is looked into. The classes are the folders of ``train``, in sorted order.
+    Where there is no ``val``, ``val_fraction`` of every class of ``train`` is taken for it; ``root/<class>/*.jpg``,
+    without ``train``, is read as training images. Where there is no ``test``, testing uses the validation images. All
+    of this is said when it happens. Hidden files and those of operating systems are not looked at, and links are
+    followed once. Augmentation and evaluation crops are timm's (``timm.data.create_transform``); files are decoded as
+    ``visionattn.data.pixels`` says.
 
     Args:
         root: The folder with the images.
@@ -36,9 +57,7 @@ class ImageFolderData(LoadedData):
         seed: Order of the training images and random numbers of the loader's processes.
         val_fraction: Share of every class that validates where there is no ``val`` folder. The choice is fixed: it
             does not depend on ``seed``.
-        on_bad_image: What to do with a file that cannot be read as an image. ``error``: stop and name it (every
-            header is checked before training; a file that is cut off is found when it is loaded). ``skip``: decode
-            every file once before training and leave out, with a count and the names, those that fail.
+        on_bad_image: An earlier form of ``on_error``: ``error`` or ``skip``.
         verify: False leaves out the check before training, which reads every file's header.
         predict_root: Folder whose images, at any depth, ``predict`` runs over; the test images if None.
         scale: Smallest and largest share of a training image that its random crop covers.
@@ -51,11 +70,18 @@ class ImageFolderData(LoadedData):
         crop_pct: Share of the resized evaluation image that its centre crop keeps.
         mean: Of the channels in [0, 1], for normalisation.
         std: Of the channels in [0, 1], for normalisation.
+        on_error: What to do with a file that cannot be read as an image. ``raise``: stop and name it (every header is
+            checked before training; a file that is cut off is found when it is loaded). ``skip``: decode every file
+            once before training and leave out, with a count and the names, those that fail.
+        classes: The class folders, as paths in the folder of the split, such as ``[cat, dog]`` or ``[animals/cat]``;
+            None takes all, and asks where it is not clear which folders are classes.
+        value_range: Of images of more than 8 bits: ``type``, ``file`` or the two values that are black and white.
+        max_pixels: Largest image that is decoded.
 
     Raises:
         FileNotFoundError: ``root`` or ``predict_root`` does not exist.
-        ValueError: No class folders, a class without images, a validation or test class that training does not have,
-            a file that is not an image.
+        ValueError: No class folders or only one, a class without images, a validation or test class that training does
+            not have, folders of which it is not clear whether they are classes, a file that is not an image.
     """
 
     def __init__(
@@ -66,7 +92,7 @@ class ImageFolderData(LoadedData):
             num_workers: int = 4,
             seed: int = 0,
             val_fraction: float = 0.2,
-            on_bad_image: Literal["error", "skip"] = "error",
+            on_bad_image: Literal["error", "skip"] | None = None,
             verify: bool = True,
             predict_root: str | None = None,
             scale: tuple[float, float] = (0.08, 1.0),
@@ -79,13 +105,20 @@ class ImageFolderData(LoadedData):
             crop_pct: float = 0.875,
             mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
             std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+            on_error: Literal["raise", "skip"] = "raise",
+            classes: list[str] | None = None,
+            value_range: Literal["type", "file"] | tuple[float, float] = "type",
+            max_pixels: int = MAX_PIXELS,
     ):
         super().__init__(batch_size, num_workers, seed)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
-        if on_bad_image not in ("error", "skip"):
+        if on_bad_image not in (None, "error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-        self.val_fraction, self.on_bad_image, self.verify = val_fraction, on_bad_image, verify
+        self.on_error: Literal["raise", "skip"] = "skip" if on_bad_image == "skip" else on_error
+        Faults(root, self.on_error)  # complains about on_error
+        self.decoding = Decoding(value_range, max_pixels).check()
+        self.val_fraction, self.verify = val_fraction, verify
         self.predict_root = predict_root
         common: dict[str, Any] = dict(input_size=image_size, mean=mean, std=std)
         self.train_transform = create_transform(
@@ -93,13 +126,17 @@ class ImageFolderData(LoadedData):
             auto_augment=auto_augment, re_prob=random_erasing, re_mode="pixel", interpolation=train_interpolation)
         self.eval_transform = create_transform(**common, crop_pct=crop_pct, interpolation=interpolation)
 
-        self.root = Path(root)
-        self.folders = _find_splits(self.root)
-        self.class_names = _class_folders(self.folders["train"])
+        self.report, self.given = DataReport("images"), bool(classes)
+        self.root, self.folders = _find_splits(Path(root), classes)
+        self.classes = {split: _class_folders(folder, classes) for split, folder in self.folders.items()}
+        self.class_names = list(self.classes["train"])
         self.num_classes = len(self.class_names)
+        if self.num_classes < 2:
+            raise ValueError(f"{self.folders['train']} has one class only, {self.class_names[0]}: there is nothing to "
+                             f"tell apart; expected {self.folders['train']}/<class>/*.jpg with two classes or more")
         for split in ("val", "test"):
             if split in self.folders:
-                self._check_classes(self.folders[split])
+                self._match_classes(split)
         self.samples: dict[str, list[Sample]] = {}
 
     def setup(self, stage: str) -> None:
@@ -112,15 +149,15 @@ class ImageFolderData(LoadedData):
 
     def train_dataloader(self) -> DataLoader:
         """Augmented training images, shuffled."""
-        return self._train_loader(_Images(self.samples["train"], self.train_transform))
+        return self._train_loader(_Images(self.samples["train"], self.train_transform, self.decoding))
 
     def val_dataloader(self) -> DataLoader:
         """Validation images."""
-        return self._eval_loader(_Images(self.samples["val"], self.eval_transform))
+        return self._eval_loader(_Images(self.samples["val"], self.eval_transform, self.decoding))
 
     def test_dataloader(self) -> DataLoader:
         """Test images."""
-        return self._eval_loader(_Images(self.samples["test"], self.eval_transform))
+        return self._eval_loader(_Images(self.samples["test"], self.eval_transform, self.decoding))
 
     def predict_dataloader(self) -> DataLoader:
         """Images of ``predict_root`` (or the test images) with their path in place of the label."""
@@ -129,48 +166,83 @@ class ImageFolderData(LoadedData):
         else:
             if not Path(self.predict_root).is_dir():
                 raise FileNotFoundError(f"predict_root {self.predict_root} is not a folder")
-            files = self._check_files(find_images(Path(self.predict_root)))
+            faults = Faults(self.predict_root, self.on_error)
+            files = self._check_files(find_images(Path(self.predict_root)), faults)
             if not files:
                 raise ValueError(f"predict_root {self.predict_root} holds no images ({EXTENSIONS})")
-        return self._eval_loader(_Images([(file, str(file)) for file in files], self.eval_transform))
+            self.report.splits["predict"] = SplitReport(len(files), {}, faults.listed, faults.more)
+        named = [(file, str(file)) for file in files]
+        return self._eval_loader(_Images(named, self.eval_transform, self.decoding))
 
     def _list_split(self, split: str) -> None:
         if split == "test" and "test" not in self.folders:
             rank_zero_info(f"There is no test folder in {self.root}: the validation images are used.")
             self.setup("validate")
             self.samples["test"] = self.samples["val"]
-        elif split != "test" and "val" not in self.folders:
-            self.samples["train"], self.samples["val"] = self._hold_out(self._list(self.folders["train"]))
-        else:
-            self.samples[split] = self._list(self.folders[split])
+            return
+        held_out = split != "test" and "val" not in self.folders
+        source = "train" if held_out else split
+        faults = Faults(self.folders[source], self.on_error)
+        samples = self._find_samples(source, faults)
+        listed = {split: samples}
+        if held_out:
+            listed["train"], listed["val"] = self._hold_out(samples)
+        self.samples |= listed
+        for name, part in listed.items():
+            counts = Counter(label for _, label in part)
+            left_out = (faults.listed, faults.more) if name == source else ([], 0)
+            self.report.splits[name] = SplitReport(
+                len(part), {class_: counts[label] for label, class_ in enumerate(self.class_names)}, *left_out)
+        for name in ("val", "test"):
+            known = self.verify and name in self.samples and "train" in self.samples
+            if known and (name in listed or "train" in listed):
+                say_shared(name, *([file for file, _ in self.samples[part]] for part in (name, "train")))
 
-    def _list(self, folder: Path) -> list[Sample]:
-        """The images of one split, in a fixed order; every class must have some."""
-        files = {name: find_images(folder / name) for name in _class_folders(folder)}
-        for name, found in files.items():
-            if not found:
-                raise ValueError(f"class folder {folder / name} holds no images ({EXTENSIONS})")
-        good = set(self._check_files([file for found in files.values() for file in found]))
-        for name, found in files.items():
-            if not good.intersection(found):
-                raise ValueError(f"class folder {folder / name} holds no readable image")
-        return [(file, self.class_names.index(name)) for name, found in files.items() for file in found if file in good]
+    def _find_samples(self, split: str, faults: Faults) -> list[Sample]:
+        """The images of a split that can be used, class by class."""
+        folder = self.folders[split]
+        owners: dict[Path, str | None] = {path: name for name, path in self.classes[split].items()}
+        owners[folder] = owners.get(folder)
+        files: dict[str | None, list[Path]] = {name: [] for name in [None, *self.class_names]}
+        for file in only_images(sorted(visible_files(folder)), folder):
+            files[_owner(file.parent, owners)].append(file)
+        if not self.given:
+            for file in files[None]:
+                faults.note(str(file), "it is in no class folder")
+        if files[None]:
+            rank_zero_info(f"{folder} has {len(files[None])} images outside of its class folders, such as "
+                           f"{files[None][0].name}: they are not read.")
+        for name in self.class_names:
+            if not files[name] and split == "train":
+                raise ValueError(f"class folder {self.classes[split][name]} holds no images ({EXTENSIONS})")
+            if not files[name]:
+                rank_zero_info(f"{folder} has no images of the class {name!r}: nothing is measured for it.")
+        good = set(self._check_files([file for name in self.class_names for file in files[name]], faults))
+        for name in self.class_names:
+            if split == "train" and not good.intersection(files[name]):
+                raise ValueError(f"class folder {self.classes[split][name]} holds no readable image")
+        if not good:
+            raise ValueError(f"{folder} holds no images that can be used ({EXTENSIONS})")
+        return [(file, label) for label, name in enumerate(self.class_names) for file in files[name] if file in good]
 
-    def _check_files(self, files: list[Path]) -> list[Path]:
+    def _check_files(self, files: list[Path], faults: Faults) -> list[Path]:
         """``files`` without the unreadable ones; an error if there are such and they are not to be skipped."""
-        skip = self.on_bad_image == "skip"
-        if not (self.verify or skip):
+        if not (self.verify or faults.skip):
             return files
-        faults = find_faults(decoding_fault if skip else header_fault, files)
-        bad = [(file, fault) for file, fault in zip(files, faults, strict=True) if fault]
-        if bad and not skip:
+        looks = find_faults(partial(self.decoding.look, decode=faults.skip), files)
+        bad = [(file, look.fault) for file, look in zip(files, looks, strict=True) if look.fault]
+        if bad and not faults.skip:
             more = f" (and {len(bad) - 1} more such files)" if len(bad) > 1 else ""
-            raise ValueError(f"{bad[0][0]} cannot be read as an image: {bad[0][1]}{more}; "
-                             "replace or remove it, or set on_bad_image to skip")
+            raise ValueError(f"{bad[0][0]} cannot be read as an image: {bad[0][1]}{more}; {HINT}")
+        for file, look in zip(files, looks, strict=True):
+            if look.fault:
+                faults.add(str(file), UNREADABLE, look.fault)
+            elif look.animated:
+                faults.note(str(file), SEVERAL, remedy="read by the first of them")
         if bad:
-            names = "".join(f"\n  {file}: {fault}" for file, fault in bad)
+            names = "".join(f"\n  {file}: {fault}" for file, fault in bad[:SHOWN])
             rank_zero_info(f"Left out {len(bad)} of {len(files)} files that cannot be read as images:{names}")
-        return [file for file, fault in zip(files, faults, strict=True) if not fault]
+        return [file for file, look in zip(files, looks, strict=True) if not look.fault]
 
     def _hold_out(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
         labels = [label for _, label in samples]
@@ -185,56 +257,137 @@ class ImageFolderData(LoadedData):
                        f"{len(train)} of them train and {len(val)} validate.")
         return train, val
 
-    def _check_classes(self, folder: Path) -> None:
-        names = _class_folders(folder)
+    def _match_classes(self, split: str) -> None:
+        """Gives the class folders of a split the names that they have in training."""
         train = self.folders["train"]
-        for name in names:
-            if name not in self.class_names:
-                raise ValueError(f"{folder / name} is a class that {train} does not have; it has "
-                                 f"{_shorten(self.class_names)}")
-        for name in self.class_names:
-            if name not in names:
-                rank_zero_info(f"{folder} has no images of the class {name!r}.")
+        names = {_folded(name): name for name in self.class_names}
+        matched = {}
+        for name, path in self.classes[split].items():
+            own = name if name in self.class_names else names.get(_folded(name))
+            if own is None or own in matched:
+                raise ValueError(f"{path} is a class that {train} does not have; it has {_shorten(self.class_names)}")
+            matched[own] = path
+        self.classes[split] = matched
 
 
 class _Images(Dataset):
     """Reads images; a sample's second entry (label or path) is handed through."""
 
-    def __init__(self, samples: list[tuple[Path, Any]], transform: Callable[[Image.Image], Tensor]):
-        self.samples, self.transform = samples, transform
+    def __init__(
+            self, samples: list[tuple[Path, Any]], transform: Callable[[Image.Image], Tensor], decoding: Decoding):
+        self.samples, self.transform, self.decoding = samples, transform, decoding
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         file, label = self.samples[index]
-        image = read_image(file, "replace or remove it, or set on_bad_image to skip")
-        return self.transform(image), label
+        return self.transform(read_image(file, HINT, self.decoding)), label
 
 
-def _find_splits(root: Path) -> dict[str, Path]:
-    """The folders of the splits that ``root`` has; ``root`` itself trains if there is no ``train``."""
+def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str, Path]]:
+    """The folder that holds the splits, or the classes, and the folders of the splits; that itself without splits."""
     if not root.is_dir():
         raise FileNotFoundError(f"image folder {root} does not exist; data.init_args.root must be a folder with "
                                 "train/<class>/*.jpg and val/<class>/*.jpg, or <class>/*.jpg")
-    if not (root / "train").is_dir():
-        for name in ("val", "validation", "test"):
-            if (root / name).is_dir():
-                raise ValueError(f"{root} has a folder {name} but no folder train")
-        return {"train": root}
-    folders = {"train": root / "train"}
-    for split, names in {"val": ("val", "validation"), "test": ("test",)}.items():
-        for name in names:
-            if (root / name).is_dir():
-                folders[split] = root / name
-    return folders
+    while True:
+        if classes and all((root / name).is_dir() for name in classes):
+            return root, {"train": root}
+        folders = visible_folders(root)
+        named = {split: folder for split, folder in split_folders(root).items()}
+        others = [folder.name for folder in folders if folder not in named.values() and _has_images(folder)]
+        if "train" in named and visible_folders(named["train"]):
+            break
+        if named:
+            name = next(iter(named.values())).name
+            if "train" not in named:
+                raise ValueError(f"{root} has a folder {name} but no folder train: put the training images into "
+                                 f"{root / 'train'}/<class>{_or_classes(name)}")
+            beside = f" beside {_shorten(others)}" if others else ""
+            raise ValueError(f"{root / name}{beside} holds no class folders: expected {root / name}/<class>/*.jpg"
+                             f"{_or_classes(name)}")
+        filled = [folder for folder in folders if _has_images(folder)]
+        if len(filled) != 1 or _has_images_itself(root) or not _filled_folders(filled[0]):
+            return root, {"train": root}
+        rank_zero_info(f"{root} holds nothing but the folder {filled[0].name}: its content is read.")
+        root = filled[0]
+    if others:
+        rank_zero_info(f"{root} has the folders {_shorten(others)} beside its splits: they are not read.")
+    if "test" in named and not visible_folders(named["test"]):
+        rank_zero_info(f"{named['test']} holds no class folders, so that there is nothing to measure there.")
+        del named["test"]
+    known = {_folded(folder.name) for folder in visible_folders(named["train"])}
+    for split, folder in named.items():
+        inner = _filled_folders(folder)
+        while (len(inner) == 1 and not classes and not _has_images_itself(folder) and _filled_folders(inner[0])
+               and (split == "train" or _folded(inner[0].name) not in known)):
+            rank_zero_info(f"{folder} holds nothing but the folder {inner[0].name}: its content is read.")
+            named[split] = folder = inner[0]
+            inner = _filled_folders(folder)
+            if split == "train":
+                known = {_folded(entry.name) for entry in inner}
+    return root, named
 
 
-def _class_folders(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
+def _class_folders(folder: Path, classes: list[str] | None) -> dict[str, Path]:
+    """The class folders of a split by name.
+
+    Raises:
+        ValueError: There are none, or it is not clear which they are.
+    """
+    if classes:
+        found = {name: folder / name for name in classes if (folder / name).is_dir()}
+        if not found:
+            raise ValueError(f"{folder} holds none of the folders that classes names: {_shorten(classes)}")
+        return found
+    found = {entry.name: entry for entry in visible_folders(folder)}
+    if not found:
         raise ValueError(f"{folder} holds no class folders: expected {folder}/<class>/*.jpg")
-    return names
+    for name, entry in found.items():
+        for place in (entry, *visible_folders(entry)):
+            if split_of(place.name, alone=True):
+                raise ValueError(f"{place} looks like a split inside the classes of {folder}: move it out as "
+                                 f"<split>/<class>{_or_classes(name)}")
+    flat = [name for name, entry in found.items() if _has_images_itself(entry)]
+    deep = [name for name, entry in found.items() if name not in flat and len(_filled_folders(entry)) > 1]
+    if flat and deep:
+        inner = [entry.name for entry in _filled_folders(found[deep[0]])]
+        raise ValueError(f"the classes of {folder} are at two depths: {flat[0]} holds images, {deep[0]} only folders "
+                         f"({_shorten(inner)}): put all classes at one depth{_or_classes(deep[0])}")
+    if deep:
+        inner = [entry.name for entry in _filled_folders(found[deep[0]])]
+        rank_zero_info(f"{folder / deep[0]} holds the folders {_shorten(inner)}: all their images are of the class "
+                       f"{deep[0]}; for other classes set classes to their paths, such as {deep[0]}/{inner[0]}.")
+    return found
+
+
+def _owner(folder: Path, owners: dict[Path, str | None]) -> str | None:
+    """The class that a folder is in; ``owners`` holds the class folders and the split's, and learns the others."""
+    if folder not in owners:
+        owners[folder] = _owner(folder.parent, owners)
+    return owners[folder]
+
+
+def _or_classes(name: str) -> str:
+    return f", or list the class folders by data.init_args.classes if {name} is one"
+
+
+def _filled_folders(folder: Path) -> list[Path]:
+    return [entry for entry in visible_folders(folder) if _has_images(entry)]
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether there is an image at any depth."""
+    return any(map(is_image, visible_files(folder)))
+
+
+def _has_images_itself(folder: Path) -> bool:
+    return any(is_image(file) and is_visible(file.name) for file in folder.iterdir())
+
+
+def _folded(name: str) -> str:
+    """A name regardless of capitals and of how a system writes accents."""
+    return unicodedata.normalize("NFC", name).casefold().strip()
 
 
 def _shorten(names: list[str]) -> str:

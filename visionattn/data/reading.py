@@ -1,20 +1,25 @@
 """Files and records that cannot be used: found, named, counted. Shared by the data modules that read folders."""
+import filecmp
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-__all__ = ["EXTENSIONS", "Faults", "decoding_fault", "find_faults", "find_images", "header_fault", "read_image",
-           "result_names", "shared_files"]
+from .pixels import AS_SEEN, ENDINGS, UNREAD, Decoding, Look
+from .splits import visible_files
 
-EXTENSIONS = ", ".join(IMG_EXTENSIONS)  # of files that are taken for images, for messages
+__all__ = ["EXTENSIONS", "Faults", "check_images", "decoding_fault", "find_faults", "find_images", "header_fault",
+           "is_image", "only_images", "read_image", "result_names", "say_shared", "shared_files"]
+
+EXTENSIONS = ", ".join(ending for ending in ENDINGS if ending not in UNREAD)  # of images, for messages
+UNREADABLE = "the file cannot be read as an image"
+SEVERAL = "it has several frames or pages"
 
 LISTED = 10_000  # faults that are kept to be listed one by one
 
@@ -72,19 +77,22 @@ class Faults:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every image below ``folder``, by extension, in a fixed order; says what else it holds."""
-    files = sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    )
-    images = [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
-    if len(images) < len(files):
-        other = next(file for file in files if file.suffix.lower() not in IMG_EXTENSIONS)
-        rank_zero_info(f"{folder} holds {len(files) - len(images)} files that are not images by their name, "
-                       f"such as {other.name}: they are not read.")
-    return images
+    """Every image below ``folder``, by its ending, in a fixed order; says what else it holds."""
+    return only_images(sorted(visible_files(folder)), folder)
+
+
+def only_images(files: list[Path], folder: Path) -> list[Path]:
+    """Those of the ``files`` below ``folder`` that are images by their ending; says how many are not."""
+    others = [file for file in files if not is_image(file)]
+    if others:
+        rank_zero_info(f"{folder} holds {len(others)} files that are not images by their name, "
+                       f"such as {others[0].name}: they are not read.")
+    return [file for file in files if is_image(file)]
+
+
+def is_image(file: Path) -> bool:
+    """Whether the ending is one of an image."""
+    return file.suffix.lower() in ENDINGS
 
 
 def result_names(files: list[Path], folder: Path) -> list[str]:
@@ -106,61 +114,76 @@ def find_faults(check: Callable[..., Found], *records: Iterable) -> list[Found]:
 def shared_files(these: Iterable[Path], others: Iterable[Path]) -> list[Path]:
     """Those of ``these`` that are among ``others`` too, under the same or another name.
 
-    Files of one length are compared by their last 16 KiB, where a compressed image has its pixels.
+    Files of one length are compared by their last 16 KiB, where a compressed image has its pixels, then as a whole.
     """
     lengths: dict[int, list[Path]] = {}
     for file in others:
         lengths.setdefault(_length(file), []).append(file)
-    ends: dict[int, set[bytes]] = {}
+    ends: dict[int, dict[bytes, list[Path]]] = {}
     found = []
     for file in these:
         length = _length(file)
-        if length > 0 and length in lengths:
-            if length not in ends:
-                ends[length] = {_end(other) for other in lengths[length]}
-            if _end(file) in ends[length]:
-                found.append(file)
+        if length <= 0 or length not in lengths:
+            continue
+        if length not in ends:
+            ends[length] = {}
+            for other in lengths[length]:
+                ends[length].setdefault(_end(other), []).append(other)
+        if any(filecmp.cmp(file, other, shallow=False) for other in ends[length].get(_end(file), [])):
+            found.append(file)
     return found
 
 
-def read_image(file: Path, hint: str) -> Image.Image:
-    """An image in RGB.
+def say_shared(split: str, these: list[Path], train: list[Path]) -> None:
+    """Warns with the count of the images of ``split`` that are training images too."""
+    shared = shared_files(these, train)
+    if shared:
+        rank_zero_info(f"Warning: {len(shared)} of {len(these)} {split} images are training images too, such as "
+                       f"{shared[0]}: what is measured on them is better than on new images.")
+
+
+def read_image(file: Path, hint: str, decoding: Decoding = AS_SEEN) -> Image.Image:
+    """An image in RGB, as a viewer shows it.
 
     Args:
         file: The image.
         hint: What the user can do about a file that cannot be read.
+        decoding: How it is decoded.
 
     Raises:
         ValueError: The file cannot be read as an image.
     """
     try:
-        with Image.open(file) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {_reason(error)}; {hint}") from error
+        return decoding.read(file)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}; {hint}") from error
 
 
-def header_fault(file: Path, size: tuple[int, int] | None = None) -> str:
-    """Why the file's header cannot be read or is not of the ``size`` (width, height) expected, or nothing."""
-    return _fault(file, size, decode=False)
+def check_images(files: list[Path], faults: Faults, decoding: Decoding = AS_SEEN) -> list[Path]:
+    """The files that can be used; every header is read, and every pixel where faults are skipped."""
+    looks = find_faults(partial(decoding.look, decode=faults.skip), files)
+    for file, look in zip(files, looks, strict=True):
+        if look.fault:
+            faults.add(str(file), UNREADABLE, look.fault)
+        elif look.animated:
+            faults.note(str(file), SEVERAL, remedy="read by the first of them")
+    return [file for file, look in zip(files, looks, strict=True) if not look.fault]
 
 
-def decoding_fault(file: Path, size: tuple[int, int] | None = None) -> str:
-    """Why the file cannot be decoded or is not of the ``size`` (width, height) expected, or nothing."""
-    return _fault(file, size, decode=True)
+def header_fault(file: Path, size: tuple[int, int] | None = None, decoding: Decoding = AS_SEEN) -> str:
+    """Why the file cannot be used or, as a viewer shows it, has not the ``size`` (width, height), or nothing."""
+    return _fault(decoding.look(file), size)
 
 
-def _fault(file: Path, size: tuple[int, int] | None, decode: bool) -> str:
-    try:
-        with Image.open(file) as image:
-            if decode:
-                image.load()
-            found = image.size
-    except Exception as error:  # whatever a damaged file makes a decoder raise
-        return _reason(error)
-    if size is not None and found != size:
-        return f"it is {found[0]} x {found[1]} pixels, not {size[0]} x {size[1]}"
-    return ""
+def decoding_fault(file: Path, size: tuple[int, int] | None = None, decoding: Decoding = AS_SEEN) -> str:
+    """The same as :func:`header_fault` where all pixels are read."""
+    return _fault(decoding.look(file, decode=True), size)
+
+
+def _fault(look: Look, size: tuple[int, int] | None) -> str:
+    if not look.fault and size is not None and look.size != size:
+        return f"it is {look.size[0]} x {look.size[1]} pixels, not {size[0]} x {size[1]}"
+    return look.fault
 
 
 def _length(file: Path) -> int:
@@ -174,11 +197,3 @@ def _end(file: Path) -> bytes:
     with file.open("rb") as opened:
         opened.seek(max(0, file.stat().st_size - 16384))
         return hashlib.blake2b(opened.read(), digest_size=16).digest()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    if isinstance(error, OSError) and "cannot identify image file" in str(error):
-        return "it is no image or damaged"
-    return " ".join(str(error).split()) or type(error).__name__

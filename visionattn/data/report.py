@@ -8,6 +8,7 @@ from typing import NamedTuple
 __all__ = ["DataReport", "SplitReport"]
 
 IMBALANCE = 10  # ratio of the most to the least frequent class from which it is said
+FEW = 100  # training images below which it is said
 SHOWN = 20  # classes in the table
 SPLITS = ("train", "val", "test", "predict")
 
@@ -45,13 +46,14 @@ class DataReport:
     def text(self) -> str:
         """The table, with a line for classes that training lacks or that differ much in their number."""
         names = [split for split in SPLITS if split in self.splits]
-        rows = [["split", "images", self.unit, "left out or mended"]]
+        counted = self.unit != "images"
+        rows = [["split", "images", *[self.unit] * counted, "left out or mended"]]
         for split in names:
             part = self.splits[split]
             kinds = Counter((why, became) for _, why, became in part.left_out)
             why = "; ".join(f"{count} {became}: {kind}" for (kind, became), count in kinds.most_common(5))
             why += f"; and {part.more} more" if part.more else ""
-            rows.append([split, str(part.images), str(sum(part.counts.values())), why or "-"])
+            rows.append([split, str(part.images), *[str(sum(part.counts.values()))] * counted, why or "-"])
         lines = _aligned(rows)
         classes = list(dict.fromkeys(name for split in names for name in self.splits[split].counts))
         frequent = sorted(classes, key=lambda name: -sum(self.splits[split].counts.get(name, 0) for split in names))
@@ -64,7 +66,7 @@ class DataReport:
         return "\n".join([*lines, *self.warnings(), *self.notes])
 
     def warnings(self) -> list[str]:
-        """Lines about classes without anything to learn from and about imbalance above 10 : 1."""
+        """Lines about few images, classes without anything to learn from, and imbalance above 10 : 1."""
         lines = []
         train = self.splits["train"].counts if "train" in self.splits else {}
         for split in ("val", "test"):
@@ -75,6 +77,9 @@ class DataReport:
             absent = [name for name, count in others.items() if not count and train.get(name)]
             if absent:
                 lines.append(f"{split} has no {self.unit} of {_named(absent)}: nothing is measured for it.")
+        if "train" in self.splits and self.splits["train"].images < FEW:
+            lines.append(f"{self.splits['train'].images} training images are few: start from trained weights (the "
+                         "model's pretrained or checkpoint_path) and expect results that vary.")
         present = {name: count for name, count in train.items() if count}
         if present:
             most, least = max(present, key=present.__getitem__), min(present, key=present.__getitem__)

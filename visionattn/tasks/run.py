@@ -126,7 +126,7 @@ class _RunCLI(LightningCLI):
         for stage in stages:
             self.datamodule.setup(stage)
         if self.datamodule.report.splits:
-            rank_zero_info(self.datamodule.report.text())
+            rank_zero_info(f"The data:\n{self.datamodule.report.text()}")
         self._write_left_out()
 
     def _say_left_out(self) -> None:
