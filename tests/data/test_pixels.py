@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from visionattn.data.pixels import Decoding, orientation_of, turned_points
+from visionattn.data.pixels import Decoding, orientation_of
 from visionattn.data.reading import decoding_fault, header_fault
 
 ORIENTATION = 0x0112
@@ -34,16 +34,6 @@ def test_photos_are_upright(tmp_path, ending, tag):
     assert orientation_of(file) == tag
     with Image.open(file) as image:  # Pillow means the same by it
         assert np.abs(np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int) - SEEN).mean() < 4
-
-
-@pytest.mark.parametrize("tag", STORED)
-def test_points_turn_with_the_photo(tag):
-    stored = STORED[tag]
-    rows, columns = np.nonzero(stored[..., 1] == 200)  # the green quarter's pixels
-    corners = np.array([[columns.min(), rows.min()], [columns.max() + 1, rows.max() + 1]], float)
-    points = turned_points(corners, tag, (stored.shape[1], stored.shape[0]))
-    assert points.min(axis=0).tolist() == [20, 0]
-    assert points.max(axis=0).tolist() == [40, 12]
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])

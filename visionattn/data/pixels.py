@@ -6,7 +6,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-__all__ = ["AS_SEEN", "ENDINGS", "Decoding", "Look", "orientation_of", "turned", "turned_points"]
+__all__ = ["AS_SEEN", "ENDINGS", "Decoding", "Look", "orientation_of", "turned"]
 
 # Pictures that cannot be decoded, unless a plug-in of Pillow is loaded: such files are named, not overlooked. Of a
 # camera's raw file Pillow would read the tiny preview.
@@ -158,20 +158,6 @@ def orientation_of(file: Path) -> int:
 def turned(image: Image.Image, tag: int) -> Image.Image:
     """An image as a viewer shows it, from that in the file and the file's orientation tag."""
     return image.transpose(TURNS[tag]) if tag in TURNS else image
-
-
-def turned_points(points: np.ndarray, tag: int, size: tuple[int, int]) -> np.ndarray:
-    """Points ``[..., 2]`` (x, y in pixels from the top left corner) of an image that :func:`turned` turns.
-
-    Args:
-        points: In the image as it lies in the file.
-        tag: Its orientation tag.
-        size: Its width and height in the file.
-    """
-    x, y = points[..., 0], points[..., 1]
-    right, bottom = size[0] - x, size[1] - y
-    return np.stack({2: (right, y), 3: (right, bottom), 4: (x, bottom), 5: (y, x), 6: (bottom, x),
-                     7: (bottom, right), 8: (y, right)}.get(tag, (x, y)), axis=-1)
 
 
 def _tag(image: Image.Image) -> int:
