@@ -1,4 +1,4 @@
-"""LightningDataModules: scikit-learn's digits (no download), image folders, COCO files, folders of masks.
+"""LightningDataModules: scikit-learn's digits (no download), image folders, COCO, VOC and YOLO files, folders of masks.
 
 What a task may ask of a data module: the attributes ``num_classes`` and ``class_names`` from construction on, and
 batches. H and W may differ from image to image where a batch is a list.
@@ -27,5 +27,9 @@ from .digits import DigitsData
 from .image_folder import ImageFolderData
 from .scenes import DigitScenesData
 from .segmentation_folder import SegmentationFolderData
+from .voc_folder import VocData
+from .yolo import YoloData
 
-__all__ = ["CocoData", "DigitScenesData", "DigitsData", "ImageFolderData", "SegmentationFolderData"]
+__all__ = [
+    "CocoData", "DigitScenesData", "DigitsData", "ImageFolderData", "SegmentationFolderData", "VocData", "YoloData",
+]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 
 from .detection import DetectionData, Finder, Listed, Thing, walk
+from .pixels import MAX_PIXELS
 from .polygons import number
 from .reading import Faults
 from .splits import split_of, visible_folders
@@ -71,6 +72,8 @@ class CocoData(DetectionData):
         verify: False leaves out the check of the image files.
         orientation: What boxes and masks refer to where a file has an EXIF orientation and the JSON's sizes do not
             tell: ``seen``, the picture as viewers and labelling tools show it, or ``stored``, as it lies in the file.
+        value_range: Of images of more than 8 bits: ``type``, ``file`` or the two values that are black and white.
+        max_pixels: Largest image that is decoded.
 
     Raises:
         FileNotFoundError: A JSON file or folder does not exist.
@@ -98,10 +101,12 @@ class CocoData(DetectionData):
             on_error: Literal["raise", "skip"] = "raise",
             verify: bool = True,
             orientation: Literal["seen", "stored"] = "seen",
+            value_range: Literal["type", "file"] | tuple[float, float] = "type",
+            max_pixels: int = MAX_PIXELS,
     ):
         super().__init__(
             root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
-            on_error, verify, orientation)
+            on_error, verify, orientation, value_range, max_pixels)
         if test_annotations is not None:
             test_images = test_images or val_images
         named: dict[str, tuple[str | None, str | None]] = {
@@ -240,7 +245,7 @@ def _find_files(root: Path, splits: set[str], named: set[Path]) -> dict[str, Pat
     """The annotation files below ``root`` for these splits; a single one that speaks of no split is for training."""
     if not root.is_dir():
         return {}
-    files = [file for file in walk(root, [".json"], depth=4) if file not in named]
+    files = [file for file in walk(root, [".json"]) if file not in named]
     found: dict[str, list[Path]] = {}
     for file in files:
         places = [file.stem, *(part.name for part in file.parents if root in part.parents)]

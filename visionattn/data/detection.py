@@ -5,7 +5,7 @@ import pickle
 import unicodedata
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -18,26 +18,24 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
 
 from .dense_transforms import detection_transform, to_image
 from .loading import LoadedData, collate_detection
+from .pixels import ENDINGS, Decoding, orientation_of, turned
 from .polygons import mask_of, number, segmentation_of
 from .reading import (
     EXTENSIONS,
     Faults,
-    decoding_fault,
     find_faults,
     find_images,
-    header_fault,
     read_image,
     shared_files,
 )
 from .report import DataReport, SplitReport
-from .splits import is_visible
+from .splits import split_of, visible_files
 
-__all__ = ["DetectionData", "Finder", "Listed", "Thing", "walk"]
+__all__ = ["DetectionData", "Finder", "Listed", "Records", "Thing", "split_of_path", "walk"]
 
 HINT = "replace it, or set verify to true and on_error to skip"  # for a file that fails in training
 EDGELESS = "its box has no width or height"
@@ -113,6 +111,8 @@ class DetectionData(LoadedData):
         orientation: What boxes and masks refer to where a file has an EXIF orientation and the size that the
             annotations say does not tell: ``seen`` is the picture as viewers and labelling tools show it, ``stored``
             the pixels as they lie in the file. The images themselves are always loaded as they are seen.
+        value_range: Of images of more than 8 bits: ``type``, ``file`` or the two values that are black and white.
+        max_pixels: Largest image that is decoded.
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
@@ -122,7 +122,8 @@ class DetectionData(LoadedData):
     def __init__(
             self, root: str, predict_root: str | None, masks: bool, batch_size: int, num_workers: int, seed: int,
             train_sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None,
-            on_error: Literal["raise", "skip"], verify: bool, orientation: Literal["seen", "stored"]):
+            on_error: Literal["raise", "skip"], verify: bool, orientation: Literal["seen", "stored"],
+            value_range: Literal["type", "file"] | tuple[float, float], max_pixels: int):
         super().__init__(batch_size, num_workers, seed)
         if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
             raise ValueError(f"train_sizes must be one or more lengths in pixels, or null, got {train_sizes}")
@@ -130,6 +131,7 @@ class DetectionData(LoadedData):
             raise ValueError(f"orientation must be seen or stored, got {orientation!r}")
         self.root, self.masks, self.verify, self.on_error = Path(root), masks, verify, on_error
         self.stored = orientation == "stored"
+        self.decoding = Decoding(value_range, max_pixels).check()
         self.predict_root = None if predict_root is None else Path(predict_root)
         self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter)
         self.collate = collate_detection
@@ -163,20 +165,21 @@ class DetectionData(LoadedData):
 
     def train_dataloader(self) -> DataLoader:
         """Training images in random size, shuffled."""
-        return self._train_loader(_Images(self.records["train"], self.masks, self.stored, self.transform))
+        return self._train_loader(_Images(
+            self.records["train"], self.decoding, self.masks, self.stored, self.transform))
 
     def val_dataloader(self) -> DataLoader:
         """Validation images."""
-        return self._eval_loader(_Images(self.records["val"], self.masks, self.stored))
+        return self._eval_loader(_Images(self.records["val"], self.decoding, self.masks, self.stored))
 
     def test_dataloader(self) -> DataLoader:
         """Test images."""
-        return self._eval_loader(_Images(self.records["test"], self.masks, self.stored))
+        return self._eval_loader(_Images(self.records["test"], self.decoding, self.masks, self.stored))
 
     def predict_dataloader(self) -> DataLoader:
         """Images of ``predict_root`` (or the test images) without annotations."""
         if self.predict_root is None:
-            return self._eval_loader(_Images(self.records["test"], annotated=False))
+            return self._eval_loader(_Images(self.records["test"], self.decoding, annotated=False))
         if not self.predict_root.is_dir():
             raise FileNotFoundError(f"predict_root {self.predict_root} is not a folder")
         files = find_images(self.predict_root)
@@ -189,7 +192,7 @@ class DetectionData(LoadedData):
         faults.report()
         return self._eval_loader(_Images(
             Records(Record(image.image_id, image.name, str(image.file), None, []) for image in images),
-            annotated=False))
+            self.decoding, annotated=False))
 
     def _list_split(self, split: str) -> None:
         if split == "test" and not self._has("test"):
@@ -244,19 +247,25 @@ class DetectionData(LoadedData):
         """The images whose file can be used, with their sizes; of each the header is read, or all where faults skip."""
         whole = self.verify or faults.skip
         looked_at = [image.file for image in images if whole or image.size is None]
-        headers = dict(zip(looked_at, find_faults(partial(_header, decode=faults.skip), looked_at), strict=True))
+        look_at = partial(self.decoding.look, decode=faults.skip)
+        looks = dict(zip(looked_at, find_faults(look_at, looked_at), strict=True))
         good = []
         for image in images:
-            header = headers.get(image.file)
-            if header is None:
+            look = looks.get(image.file)
+            if look is None:
                 good.append(image)
                 continue
-            fault, size = header.fault, image.size or (header.stored if self.stored else header.seen)
-            if not fault and size not in (header.seen, header.stored):
-                fault = (f"it is {header.seen[0]} x {header.seen[1]} pixels, not {size[0]} x {size[1]}")
+            fault, size, seen = look.fault, image.size, look.size
+            if size is None and not fault:
+                size = seen[::-1] if self.stored and orientation_of(image.file) > 4 else seen
+            if not fault and _tag_between(size, seen, image.file, self.stored) is None:
+                fault = f"it is {seen[0]} x {seen[1]} pixels, not {size[0]} x {size[1]}"  # type: ignore[index]
             if fault:
                 faults.add(f"image {image.image_id}", "the image file cannot be used", f"{image.file}: {fault}")
             else:
+                if look.animated:
+                    faults.note(
+                        f"image {image.file}", "it has several frames or pages", remedy="read by the first of them")
                 good.append(image._replace(size=size))
         return good
 
@@ -279,7 +288,7 @@ class DetectionData(LoadedData):
                 faults.note(thing.what, mended, where, "mended")
         elif thing.shares:
             box = [value * side for value, side in zip(box, size * 2, strict=True)]
-        edges, fault = _box(box, size)
+        edges, fault = _box(box, size, thing.shares)
         if fault:
             detail = f"bbox {box}, {where}"
             if edges is not None:
@@ -350,9 +359,9 @@ class _Images(Dataset):
     """Images with targets; crowds and ``file_name`` depend on whether they train, which they do with a transform."""
 
     def __init__(
-            self, records: Records, masks: bool = False, stored: bool = False,
+            self, records: Records, decoding: Decoding, masks: bool = False, stored: bool = False,
             transform: Callable[..., Any] | None = None, annotated: bool = True):
-        self.records, self.masks, self.stored = records, masks, stored
+        self.records, self.decoding, self.masks, self.stored = records, decoding, masks, stored
         self.transform, self.annotated = transform, annotated
 
     def __len__(self) -> int:
@@ -361,7 +370,7 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.records[index]
         file = Path(record.file)
-        image = F.to_image(read_image(file, HINT))
+        image = F.to_image(read_image(file, HINT, self.decoding))
         size = tuple(image.shape[-2:])
         target: dict[str, Any] = {"image_id": record.image_id, "orig_size": torch.tensor(size)}
         if self.annotated:
@@ -374,18 +383,22 @@ class _Images(Dataset):
             key: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for key, value in target.items()}
 
     def _annotations(self, record: Record, file: Path, size: tuple[int, ...]) -> dict[str, Tensor]:
-        turn = self._turn(record, file, size[::-1])
+        tag = _tag_between(record.size, size[::-1], file, self.stored)
+        if tag is None:
+            width, height = record.size or (0, 0)
+            raise ValueError(f"{file} is {size[1]} x {size[0]} pixels, but its record {record.image_id} says "
+                             f"{width} x {height}; {HINT}")
         objects = [thing for thing in record.objects if self.transform is None or not thing.crowd]
         boxes = torch.tensor([thing.box for thing in objects], dtype=torch.float32).reshape(-1, 4)
-        boxes = _turned_boxes(boxes, turn, size)
+        boxes = _turned_boxes(boxes, tag, size)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
         target: dict[str, Tensor] = {}
         if self.masks:
             masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
-            shape = size[::-1] if turn.transpose else size
+            shape = size[::-1] if tag > 4 else size
             for index, thing in enumerate(objects):
-                masks[index] = torch.from_numpy(np.ascontiguousarray(
-                    _turned(mask_of(thing.segmentation, shape), turn)))
+                mask = mask_of(thing.segmentation, shape)
+                masks[index] = torch.from_numpy(mask if tag == 1 else np.array(turned(Image.fromarray(mask), tag)))
             area = masks.flatten(1).sum(1).float()
             target["masks"] = tv_tensors.Mask(masks)
         for index, thing in enumerate(objects):
@@ -397,19 +410,6 @@ class _Images(Dataset):
             "area": area,
             "iscrowd": torch.tensor([thing.crowd for thing in objects], dtype=torch.int64),
         }
-
-    def _turn(self, record: Record, file: Path, seen: tuple[int, ...]) -> "_Turn":
-        """What leads from the picture that the objects refer to to the one that was loaded, of size ``seen``."""
-        if record.size == seen and not self.stored:
-            return _TURNS[1]
-        header = _header(file, decode=False)
-        if record.size == header.stored and (self.stored or record.size != seen):
-            return _TURNS[header.tag]
-        if record.size != seen:
-            width, height = record.size or (0, 0)
-            raise ValueError(f"{file} is {seen[0]} x {seen[1]} pixels, but its record {record.image_id} says "
-                             f"{width} x {height}; {HINT}")
-        return _TURNS[1]
 
 
 class Finder:
@@ -433,20 +433,22 @@ class Finder:
             if os.path.isfile(self.folder / spelled):
                 return self.folder / spelled, True
         parts = PurePosixPath(plain).parts
-        known = self._files()
         for start in range(len(parts)):
-            rest = "/".join(parts[start:])
-            for key in (rest, str(PurePosixPath(rest).with_suffix("")) if PurePosixPath(rest).name else rest):
-                found = known.get(_folded(key), [])
-                if len(found) == 1:
-                    return found[0], False
+            found = self.ending_in(PurePosixPath(*parts[start:]))
+            if len(found) == 1:
+                return found[0], False
         return self.folder / plain, False
+
+    def ending_in(self, path: PurePosixPath) -> list[Path]:
+        """The images whose path ends in this one, or else in this one but for the ending of the name."""
+        known = self._files()
+        return known.get(_folded(str(path))) or (known.get(_folded(str(path.with_suffix(""))), []) if path.name else [])
 
     def _files(self) -> dict[str, list[Path]]:
         """Every image by each end of its path, with and without its extension."""
         if self._known is None:
             self._known = {}
-            for file in walk(self.folder, IMG_EXTENSIONS):
+            for file in walk(self.folder, ENDINGS):
                 parts = file.relative_to(self.folder).parts
                 for start in range(len(parts)):
                     whole = PurePosixPath(*parts[start:])
@@ -455,74 +457,48 @@ class Finder:
         return self._known
 
 
-def walk(folder: Path, endings: Iterable[str], depth: int = 20) -> Iterator[Path]:
-    """Files with these endings (in lower case) below a folder, in a fixed order; hidden ones are left out."""
-    endings, seen = tuple(endings), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real, level = os.path.realpath(parent), len(Path(parent).relative_to(folder).parts)
-        if real in seen or level >= depth:
-            folders.clear()
-            if real in seen:
-                continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if is_visible(name))
-        for name in sorted(names):
-            if name.lower().endswith(endings) and is_visible(name):
-                yield Path(parent, name)
+def walk(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """The visible files below a folder whose names, in lower case, end so; in a fixed order."""
+    return sorted(file for file in visible_files(folder) if file.name.lower().endswith(tuple(endings)))
 
 
-class _Header(NamedTuple):
-    fault: str
-    seen: tuple[int, int] = (0, 0)  # width, height
-    stored: tuple[int, int] = (0, 0)
-    tag: int = 1
+def split_of_path(file: Path, root: Path) -> str | None:
+    """The split that a folder between ``root`` and ``file`` is called after, the outermost first."""
+    return next((split for part in file.relative_to(root).parts[:-1] if (split := split_of(part, alone=True))), None)
 
 
-class _Turn(NamedTuple):
-    """How stored pixels become what is seen: by a transposition, then by mirroring."""
+def _tag_between(size: tuple[int, int] | None, seen: tuple[int, ...], file: Path, stored: bool) -> int | None:
+    """The orientation tag that leads from the picture of ``size`` that objects refer to to that which is seen.
 
-    transpose: bool
-    mirror_x: bool
-    mirror_y: bool
+    Args:
+        size: Width and height of the first.
+        seen: Those of the second.
+        file: The image.
+        stored: The first is that in the file where sizes do not tell.
 
-
-_TURNS = {  # by the value of EXIF's orientation
-    1: _Turn(False, False, False), 2: _Turn(False, True, False), 3: _Turn(False, True, True),
-    4: _Turn(False, False, True), 5: _Turn(True, False, False), 6: _Turn(True, True, False),
-    7: _Turn(True, True, True), 8: _Turn(True, False, True),
-}
-
-
-def _header(file: Path, decode: bool) -> _Header:
-    """Size and orientation of an image, or why it cannot be read."""
-    fault = (decoding_fault if decode else header_fault)(file)
-    if fault:
-        return _Header(fault)
-    with Image.open(file) as image:
-        tag = 1
-        if image.format != "PNG" or "exif" in image.info:  # of a PNG, all would be decoded in search of the tag
-            tag = image.getexif().get(0x0112, 1)
-        tag = tag if tag in _TURNS else 1
-        return _Header("", image.size[::-1] if _TURNS[tag].transpose else image.size, image.size, tag)
+    Returns:
+        1 for no turn; None where ``size`` is neither that of the seen picture nor that of the stored one.
+    """
+    if size == seen and not stored:
+        return 1
+    tag = orientation_of(file)
+    if size == (seen[::-1] if tag > 4 else seen):
+        return tag
+    return 1 if size == seen else None
 
 
-def _turned(mask: np.ndarray, turn: _Turn) -> np.ndarray:
-    mask = mask.T if turn.transpose else mask
-    return mask[::-1 if turn.mirror_y else 1, ::-1 if turn.mirror_x else 1]
-
-
-def _turned_boxes(boxes: Tensor, turn: _Turn, size: tuple[int, ...]) -> Tensor:
-    """``boxes`` of the stored picture in the seen one of ``size`` (height, width)."""
-    left, top, right, bottom = boxes[:, [1, 0, 3, 2] if turn.transpose else [0, 1, 2, 3]].unbind(1)
+def _turned_boxes(boxes: Tensor, tag: int, size: tuple[int, ...]) -> Tensor:
+    """Boxes of the stored picture in the seen one of ``size`` (height, width), by the orientation tag."""
+    left, top, right, bottom = boxes[:, [1, 0, 3, 2] if tag > 4 else [0, 1, 2, 3]].unbind(1)
     height, width = size
-    if turn.mirror_x:
+    if tag in (2, 3, 6, 7):  # mirrored, after a transposition from 5 on
         left, right = width - right, width - left
-    if turn.mirror_y:
+    if tag in (3, 4, 7, 8):
         top, bottom = height - bottom, height - top
     return torch.stack([left, top, right, bottom], dim=1)
 
 
-def _box(box: Any, size: tuple[int, int]) -> tuple[tuple[float, float, float, float] | None, str]:
+def _box(box: Any, size: tuple[int, int], shares: bool) -> tuple[tuple[float, float, float, float] | None, str]:
     """Edges of a ``[left, top, width, height]``, cut to the image, and what is wrong with it; None: unusable."""
     values = [number(value) for value in box] if isinstance(box, (list, tuple)) else []
     if len(values) != 4 or not all(value is not None and math.isfinite(value) for value in values):
@@ -530,7 +506,7 @@ def _box(box: Any, size: tuple[int, int]) -> tuple[tuple[float, float, float, fl
     x, y, w, h = (float(value) for value in values)  # type: ignore[arg-type]
     if w <= 0 or h <= 0:
         return None, EDGELESS
-    if min(size) > 2 and min(x, y) >= 0 and max(x, y, w, h) <= 1.001 and not all(
+    if not shares and min(size) > 2 and min(x, y) >= 0 and max(x, y, w, h) <= 1.001 and not all(
             value.is_integer() for value in (x, y, w, h)):
         return None, SHARES
     left, top, right, bottom = max(x, 0.), max(y, 0.), min(x + w, size[0]), min(y + h, size[1])

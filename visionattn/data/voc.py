@@ -1,12 +1,18 @@
-"""Detection data in PASCAL VOC's XML format, converted to COCO's JSON for ``CocoData``.
+"""PASCAL VOC's XML files converted to COCO's JSON; ``VocData`` reads them as they are.
 
 ``python -m visionattn.data.voc ROOT SPLIT OUTPUT`` converts from the shell.
 """
 import argparse
 import json
-import xml.etree.ElementTree as ET
+import os
 from pathlib import Path
 from typing import Any
+
+from sklearn.model_selection import train_test_split
+
+from .detection import Finder
+from .splits import split_of
+from .voc_folder import Annotated, Annotation, image_of, listed_names, read_annotation
 
 __all__ = ["convert_voc"]
 
@@ -14,10 +20,11 @@ __all__ = ["convert_voc"]
 def convert_voc(root: str | Path, split: str, output: str | Path, classes: list[str] | None = None) -> dict[str, int]:
     """Writes the boxes of a VOC folder as a COCO file.
 
-    Reads ``ImageSets/Main/<split>.txt`` (the first word of a line names an image; without such a list, every file of
-    ``Annotations``) and ``Annotations/<name>.xml``. The images, whose names come from the XML files, are in
-    ``JPEGImages``. Corners count pixels from 1 and belong to the box, as VOC has it. Objects marked difficult become
-    crowds: they neither train nor count in evaluation.
+    Reads ``ImageSets/Main/<split>.txt`` (the first word of a line names an image) and ``Annotations/<name>.xml``. Where
+    there are no lists, ``val`` is a fifth of the files, always the same, ``train`` the rest, and any other name all of
+    them; this is said. The images are in ``JPEGImages``, under the name that the XML file has for them or, if there is
+    none such, under that of the XML file. Corners count pixels from 1 and belong to the box, as VOC has it. Objects
+    marked difficult become crowds: they neither train nor count in evaluation.
 
     Args:
         root: Folder with ``Annotations`` and ``JPEGImages``.
@@ -36,23 +43,24 @@ def convert_voc(root: str | Path, split: str, output: str | Path, classes: list[
     folder = root / "Annotations"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; expected a folder with Annotations and JPEGImages")
-    files = {file.stem: file for file in sorted(folder.glob("*.xml"))}
-    parsed: dict[str, ET.Element] = {}
+    files = {file.stem: file for file in sorted(folder.glob("*.xml")) if not file.name.startswith(".")}
+    parsed: dict[str, Annotation] = {}
     if classes is None:
-        parsed = {name: _parse(file) for name, file in files.items()}
-        classes = sorted({_text(thing, "name", files[name]) for name, tree in parsed.items()
-                          for thing in tree.findall("object")})
+        parsed = {name: read_annotation(file) for name, file in files.items()}
+        classes = sorted({_name_of(thing, place, files[name]) for name, found in parsed.items()
+                          for place, thing in enumerate(found.things, start=1)})
     if not classes:
         raise ValueError(f"{folder} has no object whose class could be taken")
     content: dict[str, list[Any]] = {
         "images": [], "annotations": [],
         "categories": [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
     }
-    for number, name in enumerate(_names(root, split, files), start=1):
+    finder = Finder(root / "JPEGImages")
+    for place, name in enumerate(_names(root, split, files), start=1):
         if name not in files:
             raise FileNotFoundError(f"{folder / f'{name}.xml'} does not exist, but the list {split} has it")
-        tree = parsed.get(name)
-        _add_image(content, number, _parse(files[name]) if tree is None else tree, files[name], classes)
+        found = parsed.get(name) or read_annotation(files[name])
+        _add_image(content, place, found, files[name], classes, finder)
     if not content["images"]:
         raise ValueError(f"the list {split} of {root} names no image")
     output = Path(output)
@@ -80,56 +88,49 @@ def main(argv: list[str] | None = None) -> None:
 
 def _names(root: Path, split: str, files: dict[str, Path]) -> list[str]:
     lists = root / "ImageSets" / "Main"
-    if not lists.is_dir():
-        return list(files)
-    listing = lists / f"{split}.txt"
-    if not listing.is_file():
-        raise FileNotFoundError(f"{listing} does not exist; there are "
-                                f"{', '.join(sorted(file.stem for file in lists.glob('*.txt'))[:10]) or 'no lists'}")
-    return [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
+    if lists.is_dir():
+        listing = lists / f"{split}.txt"
+        if not listing.is_file():
+            there = sorted(file.stem for file in lists.glob("*.txt"))[:10]
+            raise FileNotFoundError(f"{listing} does not exist; there are {', '.join(there) or 'no lists'}")
+        return listed_names(listing)
+    names, part = list(files), split_of(split, alone=True)
+    if part not in ("train", "val") or len(names) < 2:
+        return names
+    train, val = train_test_split(names, test_size=max(1, round(0.2 * len(names))), random_state=0)
+    print(f"There are no lists in {lists}: of the {len(names)} files, {len(train)} train and {len(val)} validate, "
+          "always the same.")
+    return sorted(train if part == "train" else val)
 
 
-def _add_image(content: dict[str, list[Any]], number: int, tree: ET.Element, file: Path, classes: list[str]) -> None:
-    size = tree.find("size")
-    if size is None:
+def _add_image(
+        content: dict[str, list[Any]], image_id: int, found: Annotation, file: Path, classes: list[str],
+        finder: Finder) -> None:
+    if found.size is None:
         raise ValueError(f"{file} has no <size>")
-    width, height = (int(_number(size, side, file)) for side in ("width", "height"))
-    content["images"].append(
-        {"id": number, "file_name": _text(tree, "filename", file), "width": width, "height": height})
-    for place, thing in enumerate(tree.findall("object"), start=1):
-        name, box = _text(thing, "name", file), thing.find("bndbox")
+    if not found.filename:
+        raise ValueError(f"{file}: <annotation> has no <filename>")
+    name = found.filename
+    if not os.path.isfile(finder.folder / name):
+        image = image_of(file, name, finder)
+        name = image.relative_to(finder.folder).as_posix() if image.is_file() else name
+    content["images"].append({"id": image_id, "file_name": name, "width": found.size[0], "height": found.size[1]})
+    for place, thing in enumerate(found.things, start=1):
+        name = _name_of(thing, place, file)
         if name not in classes:
             raise ValueError(f"{file}: object {place} is of the class {name!r}; the classes are {', '.join(classes)}")
-        if box is None:
-            raise ValueError(f"{file}: object {place} ({name}) has no <bndbox>")
-        left, top, right, bottom = (_number(box, edge, file) for edge in ("xmin", "ymin", "xmax", "ymax"))
-        edges = [left - 1, top - 1, right - left + 1, bottom - top + 1]
+        if thing.fault:
+            raise ValueError(f"{file}: object {place} ({name}) {thing.fault.removeprefix('it ')}")
         content["annotations"].append({
-            "id": len(content["annotations"]) + 1, "image_id": number, "category_id": classes.index(name) + 1,
-            "bbox": edges, "area": edges[2] * edges[3], "iscrowd": int(thing.findtext("difficult", "0").strip() == "1"),
+            "id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": classes.index(name) + 1,
+            "bbox": thing.box, "area": thing.box[2] * thing.box[3], "iscrowd": int(thing.difficult),
         })
 
 
-def _parse(file: Path) -> ET.Element:
-    try:
-        return ET.parse(file).getroot()
-    except (ET.ParseError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not XML: {error}") from error
-
-
-def _text(element: ET.Element, tag: str, file: Path) -> str:
-    text = (element.findtext(tag) or "").strip()
-    if not text:
-        raise ValueError(f"{file}: <{element.tag}> has no <{tag}>")
-    return text
-
-
-def _number(element: ET.Element, tag: str, file: Path) -> float:
-    text = _text(element, tag, file)
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{file}: <{tag}> is {text!r}, not a number") from None
+def _name_of(thing: Annotated, place: int, file: Path) -> str:
+    if not thing.name:
+        raise ValueError(f"{file}: object {place} has no <name>")
+    return thing.name
 
 
 if __name__ == "__main__":
