@@ -21,7 +21,7 @@ def test_table_names_splits_classes_and_what_was_left_out():
     assert lines[1].split()[:2] == ["train", "35"]
     assert "2 left out: damaged; 1 left out: empty" in lines[1]
     assert [line.split() for line in lines[3:7]] == [
-        ["images", "train", "val"], ["cat", "30", "4"], ["dog", "2", "0"], ["emu", "3", "0"]]
+        ["class", "(images)", "train", "val"], ["cat", "30", "4"], ["dog", "2", "0"], ["emu", "3", "0"]]
 
 
 def test_few_images_are_named():

@@ -299,3 +299,17 @@ def test_bad_arguments(kwargs, message):
 def test_a_run_without_an_end_is_refused(trainer):
     with pytest.raises(ValueError, match=r"set trainer.max_epochs"):
         trainer(max_epochs=-1).fit(_task(), _loader(_pictures(2)))
+
+
+@pytest.mark.parametrize(("labels", "prediction", "expected"), [
+    ([0, 0, 255], [0, 0, 0], None), ([255, 255, 255], [0, 1, 1], None), ([0, 0, 1], [0, 0, 1], 1.0),
+    ([0, 0, 0], [0, 1, 1], (1 / 3 + 0) / 2),
+])
+def test_mean_iou_of_nothing_is_not_a_number(monkeypatch, labels, prediction, expected):
+    task = SegmentationTask(backbone="test_dinat", num_classes=2, head_channels=8)
+    logged = {}
+    monkeypatch.setattr(task, "log_dict", lambda metrics, **_: logged.update(metrics))
+    task.test_matrix.update(torch.tensor([prediction]), torch.tensor([labels]))
+    task.test_loss.update(1.0)
+    task._log("test", task.test_matrix, task.test_loss)
+    assert logged["test/miou"] == pytest.approx(float("nan") if expected is None else expected, nan_ok=True)

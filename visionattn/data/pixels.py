@@ -6,7 +6,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-__all__ = ["AS_SEEN", "ENDINGS", "Decoding", "Look", "orientation_of", "turned"]
+__all__ = ["AS_SEEN", "ENDINGS", "Decoding", "Look", "orientation_of", "reason_of", "tag_of", "turned"]
 
 # Pictures that cannot be decoded, unless a plug-in of Pillow is loaded: such files are named, not overlooked. Of a
 # camera's raw file Pillow would read the tiny preview.
@@ -69,13 +69,13 @@ class Decoding(NamedTuple):
     def look(self, file: Path, decode: bool = False) -> Look:
         """Reads the header (the pixels too with ``decode``, or where the values decide whether they can be shown)."""
         try:
-            with self._open(file) as image:
-                tag, size = _tag(image), image.size
+            with self.open(file) as image:
+                tag, size = tag_of(image), image.size
                 animated = image.format != "MPO" and getattr(image, "is_animated", False)
                 if decode or image.mode.startswith(DEEP):
                     self._rgb(image)
         except Exception as error:  # whatever a damaged file makes a decoder raise
-            return Look(_reason(error))
+            return Look(reason_of(error))
         return Look("", size[::-1] if tag > 4 and image.format != "TIFF" else size, animated)
 
     def read(self, file: Path) -> Image.Image:
@@ -85,14 +85,15 @@ class Decoding(NamedTuple):
             ValueError: It cannot be decoded; the message says why, without the file's name.
         """
         try:
-            with self._open(file) as image:
-                tag = _tag(image)
+            with self.open(file) as image:
+                tag = tag_of(image)
                 rgb = self._rgb(image)
         except Exception as error:
-            raise ValueError(_reason(error)) from error
+            raise ValueError(reason_of(error)) from error
         return rgb if image.format == "TIFF" else turned(rgb, tag)  # Pillow turns TIFF files
 
-    def _open(self, file: Path) -> Image.Image:
+    def open(self, file: Path) -> Image.Image:
+        """The image with its header read, the pixels not yet; raises what Pillow raises, or a ValueError."""
         if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own bound, for the process, never below ours
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, self.max_pixels)
         if file.suffix.lower() in UNREAD and file.suffix.lower() not in Image.registered_extensions():
@@ -150,9 +151,9 @@ def orientation_of(file: Path) -> int:
     """
     try:
         with Image.open(file) as image:
-            return _tag(image)
+            return tag_of(image)
     except (OSError, SyntaxError) as error:
-        raise ValueError(_reason(error)) from error
+        raise ValueError(reason_of(error)) from error
 
 
 def turned(image: Image.Image, tag: int) -> Image.Image:
@@ -160,7 +161,7 @@ def turned(image: Image.Image, tag: int) -> Image.Image:
     return image.transpose(TURNS[tag]) if tag in TURNS else image
 
 
-def _tag(image: Image.Image) -> int:
+def tag_of(image: Image.Image) -> int:
     """The orientation tag of an image that is open; its pixels are not read for it."""
     try:
         # A PNG file's own method would decode it, to see whether there is a tag behind its pixels.
@@ -171,7 +172,8 @@ def _tag(image: Image.Image) -> int:
     return tag if tag in TURNS else 1
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What a decoder's error says, in a user's words."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, Image.DecompressionBombError):

@@ -59,7 +59,7 @@ class DataReport:
         frequent = sorted(classes, key=lambda name: -sum(self.splits[split].counts.get(name, 0) for split in names))
         shown = [name for name in classes if name in set(frequent[:SHOWN])]
         if shown:
-            lines += _aligned([[self.unit, *names], *(
+            lines += _aligned([[f"class ({self.unit})", *names], *(
                 [name, *(str(self.splits[split].counts.get(name, 0)) for split in names)] for name in shown)])
         if len(shown) < len(classes):
             lines.append(f"... and {len(classes) - len(shown)} more classes")

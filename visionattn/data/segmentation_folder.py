@@ -1,4 +1,6 @@
 """Semantic segmentation: folders of images and label maps, in the layouts of ADE20K, Cityscapes, VOC and one's own."""
+import csv
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,31 +15,32 @@ from torchvision.transforms.v2 import functional as F
 
 from .dense_transforms import IGNORE, SegmentationTransform, resize_shorter, to_image
 from .loading import LoadedData
-from .reading import (
-    EXTENSIONS,
-    Faults,
-    decoding_fault,
-    find_faults,
-    find_images,
-    header_fault,
-    read_image,
-    result_names,
+from .mask_folders import Names, Pair, find_folders, match
+from .masks import (
+    CITYSCAPES,
+    NO_CLASS,
+    NO_CLASS_OF_COLOR,
+    VOC,
+    MaskTable,
+    UnusableMask,
+    color_table,
+    count_codes,
+    describe,
+    known_colors,
+    list_of,
+    meant,
+    read_mask,
+    values_table,
 )
+from .pixels import MAX_PIXELS, Decoding, orientation_of, turned
+from .reading import EXTENSIONS, Faults, check_images, find_faults, find_images, read_image, result_names, say_shared
+from .report import DataReport, SplitReport
 
 __all__ = ["SegmentationFolderData"]
 
 LAYOUTS = ("plain", "ade20k", "cityscapes", "voc")
 HINT = "replace it, or set verify to true and on_error to skip"  # for a file that fails in training
-
-CITYSCAPES = {  # class: value in *_labelIds.png; the other values, up to 33, are ignored
-    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
-    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
-    "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
-}
-VOC = [
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-]
+TURNED = range(5, 9)  # orientation tags that change width and height
 
 
 class SegmentationFolderData(LoadedData):
@@ -47,7 +50,9 @@ class SegmentationFolderData(LoadedData):
 
     * ``plain``: ``images/{train,val,test}/**`` and ``masks/{train,val,test}/**.png`` with the same path but for the
       ending; values are classes from 0. Without ``images/train``, ``images`` and ``masks`` are the training data, and
-      where there is no ``val``, ``val_fraction`` of it validates.
+      where there is no ``val``, ``val_fraction`` of it validates. Splits and folders in other usual spellings, splits
+      that hold images and masks, both in one folder, and masks whose name has ``_mask``, ``_seg``, ``_label``, ... more
+      than the image's are found.
     * ``ade20k``: ``images/{training,validation}`` and ``annotations/{training,validation}``; 0 is ignored and 1 to
       150 are the classes. Their names come from ``objectInfo150.txt``, if it is there.
     * ``cityscapes``: ``leftImg8bit/{train,val}/<city>/*_leftImg8bit.png`` and
@@ -56,8 +61,11 @@ class SegmentationFolderData(LoadedData):
       ``ImageSets/Segmentation/{train,val}.txt``; 21 classes.
 
     Where there are no test images, testing uses the validation images; this is said. Masks are PNG with a palette or
-    in grey, of the size of their image. Training images are resized, cropped, mirrored and coloured at random to
-    ``crop_size``. Evaluation resizes the image and leaves the labels, so that ``labels`` have the size of the file.
+    in grey (also grey in RGB), of the size of their image; ``mask_values`` and ``mask_colors`` say what other values
+    and colours mean, and are needed for JPEG, which does not keep values. Files are decoded as
+    ``visionattn.data.pixels`` says: photos upright, and their masks with them. Training images are resized, cropped,
+    mirrored and coloured at random to ``crop_size``. Evaluation resizes the image and leaves the labels, so that
+    ``labels`` have the size of the file.
 
     Args:
         root: The folder.
@@ -83,11 +91,26 @@ class SegmentationFolderData(LoadedData):
         on_error: What to do with an image or mask that cannot be used. ``raise``: stop and name it. ``skip``: leave
             the pair out and say how many there were of each kind; every image is decoded once for this.
         verify: False leaves out the check before training, which reads every image's header and every mask.
+        mask_values: What the masks' values mean, where they are not the classes' numbers: the value of each class, such
+            as ``[0, 255]``, or classes by value, such as ``{0: 0, 255: 1}`` (values that are not named keep theirs; the
+            class 255 is ignored). Of a JPEG the nearest is taken.
+        mask_colors: What the masks' colours mean: ``cityscapes``, ``voc``, a YAML or CSV file of names and colours, or
+            colours by class name, such as ``{ground: [0, 0, 0], road: [128, 64, 128]}``.
+        mask_nearest: Take the nearest of ``mask_values`` or ``mask_colors``, not only of a JPEG.
+        image_folder: ``plain``: the folder of the images below ``root``; None looks for it.
+        mask_folder: The folder of the masks.
+        image_name: ``plain``: names of images without ending, where ``*`` is what the mask's name has too.
+        mask_name: The same for masks, such as ``*_mask``; None tries what is usual.
+        orientation: What masks of photos with an orientation tag (EXIF) refer to, where the size does not tell:
+            ``seen`` is the picture as viewers show it, ``stored`` the pixels as they lie in the file.
+        value_range: Of images of more than 8 bits: ``type``, ``file`` or the two values that are black and white.
+        max_pixels: Largest image that is decoded.
 
     Raises:
         FileNotFoundError: A folder or list does not exist.
         ValueError: No images, an image without mask or a mask without image, a mask of another size than its image, a
-            label without a class, a file that is not an image; the message names the file.
+            label without a class, masks of one class alone, a file that is not an image; the message names the file, or
+            the values that were found and the option for them.
     """
 
     def __init__(
@@ -111,6 +134,16 @@ class SegmentationFolderData(LoadedData):
             val_fraction: float = 0.2,
             on_error: Literal["raise", "skip"] = "raise",
             verify: bool = True,
+            mask_values: list[int] | dict[int, int] | None = None,
+            mask_colors: dict[str, list[int]] | str | None = None,
+            mask_nearest: bool = False,
+            image_folder: str | None = None,
+            mask_folder: str | None = None,
+            image_name: str = "*",
+            mask_name: str | None = None,
+            orientation: Literal["seen", "stored"] = "seen",
+            value_range: Literal["type", "file"] | tuple[float, float] = "type",
+            max_pixels: int = MAX_PIXELS,
     ):
         super().__init__(batch_size, num_workers, seed)
         if layout not in LAYOUTS:
@@ -132,10 +165,31 @@ class SegmentationFolderData(LoadedData):
         self.transform = SegmentationTransform(
             crop_size, short_side, max_size, scale, cat_max_ratio, hflip, color_jitter)
         Faults(root, on_error)  # complains about on_error
-        self.class_names = class_names or self._find_class_names()
+        if orientation not in ("seen", "stored"):
+            raise ValueError(f"orientation must be seen or stored, got {orientation!r}")
+        if layout in ("ade20k", "cityscapes") and (mask_values or mask_colors):
+            raise ValueError(f"the layout {layout} says what values mean: leave mask_values and mask_colors out")
+        if mask_values and mask_colors:
+            raise ValueError("mask_values and mask_colors were both given; masks have either")
+        self.decoding, self.stored = Decoding(value_range, max_pixels).check(), orientation == "stored"
+        self.names = Names(image_name, mask_name).check()
+        if layout == "plain":
+            self.folders = find_folders(self.root, image_folder, mask_folder)
+        else:
+            self.folders = {split: (self.root, self.root) for split in ("train", "val")}
+        colored = None if mask_colors is None else color_table(mask_colors, mask_nearest)
+        self.mask_values, self.mask_nearest = mask_values or None, mask_nearest
+        if not (class_names or mask_values or mask_colors) and layout == "plain":
+            class_names, self.mask_values = _exported_classes(self.folders["train"][1])
+        self.class_names = class_names or (colored[0] if colored else self._find_class_names())
         self.num_classes = len(self.class_names)
-        self.table = self._label_table()
-        self.pairs: dict[str, list[_Pair]] = {}
+        self.table = colored[1] if colored else self._label_table()
+        labels = len(set(self.table.labels.tolist()) - {IGNORE})
+        if labels != self.num_classes:
+            source = "mask_colors" if colored else "mask_values" if mask_values else f"the layout {layout}"
+            raise ValueError(f"{self.num_classes} class names were given; {source} has {labels} classes")
+        self.report = DataReport("pixels")
+        self.pairs: dict[str, list[Pair]] = {}
 
     def setup(self, stage: str) -> None:
         """Lists and checks what ``stage`` needs: ``pairs[split]`` are image and mask files."""
@@ -166,10 +220,12 @@ class SegmentationFolderData(LoadedData):
         if not files:
             raise ValueError(f"predict_root {self.predict_root} holds no images ({EXTENSIONS})")
         faults = Faults(self.predict_root, self.on_error)
-        files = self._check_images(files, faults)
+        if self.verify or faults.skip:
+            files = check_images(files, faults, self.decoding)
         faults.report()
+        self.report.splits["predict"] = SplitReport(len(files), {}, faults.listed, faults.more)
         names = result_names(files, self.predict_root)
-        pairs = [_Pair(name, file, None) for name, file in zip(names, files, strict=True)]
+        pairs = [Pair(name, file, None) for name, file in zip(names, files, strict=True)]
         return self._eval_loader(_Images(pairs, self, annotated=False))
 
     def _find_class_names(self) -> list[str]:
@@ -179,90 +235,151 @@ class SegmentationFolderData(LoadedData):
             return list(CITYSCAPES)
         if self.layout == "ade20k":
             return _ade20k_names(self.root / "objectInfo150.txt")
-        faults = Faults(self.root, "skip")  # setup says what is wrong with them
-        largest = max(find_faults(_largest_label, self._find_pairs("train", faults)), default=-1)
+        if self.mask_values is not None:
+            labels = self.mask_values.values() if isinstance(self.mask_values, dict) else range(len(self.mask_values))
+            return [f"class_{number}" for number in range(1 + max(label for label in labels if label != IGNORE))]
+        counts = self._count_values()
+        largest = max((value for value in counts if value != IGNORE), default=-1)
+        found = f"found are {describe(counts, False)}"
         if largest < 0:
-            raise ValueError(f"{self.root} holds no mask to count classes in; give class_names")
+            raise ValueError(f"all pixels of the training masks of {self.root} are {IGNORE}, which is ignored; set "
+                             f"data.init_args.mask_values to the values that are classes")
         if largest == 0:
+            option = f"; set data.init_args.mask_values to [0, {IGNORE}] to make {IGNORE} class 1"
             raise ValueError(f"the training masks of {self.root} have the class 0 alone; classes are the values 0, 1, "
-                             f"2, ..., and {IGNORE} is ignored")
+                             f"2, ..., and {IGNORE} is ignored; {found}{option * (len(counts) > 1)}")
+        present = sorted(counts)
+        if largest >= IGNORE or 2 * sum(value != IGNORE for value in present) < largest + 1:
+            raise ValueError(f"most of the classes 0 to {largest} of the training masks of {self.root} have no pixel; "
+                             f"{found}; set data.init_args.mask_values to {list_of(present, False)} if each value is a "
+                             "class, or give class_names")
         rank_zero_info(f"No class_names were given: the training masks have values up to {largest}, "
                        f"so there are {largest + 1} classes.")
         return [f"class_{number}" for number in range(largest + 1)]
 
-    def _label_table(self) -> np.ndarray:
-        """Label of each of a mask's 256 possible values; -1 where there is none."""
-        table = np.full(256, -1, dtype=np.int64)
-        table[IGNORE] = IGNORE
+    def _count_values(self) -> Counter[int]:
+        """The values of all training masks with their pixels; an error that says what they hold instead of values."""
+        faults = Faults(self.root, "skip")  # setup says what is wrong with them
+        looks = find_faults(self._look, self._find_pairs("train", faults))
+        counts = {kind: Counter[int]() for kind in ("values", "colours", "lossy")}
+        for kind, found in looks:
+            counts[kind].update(found)
+        if counts["values"]:
+            return counts["values"]
+        lossy, colors = counts["lossy"], counts["colours"]
+        if lossy:
+            probable = list_of(meant(lossy, False), False)
+            raise ValueError(f"the training masks of {self.root} are JPEG files, which do not keep values; found are "
+                             f"{describe(lossy, False)}; save masks as PNG, or set data.init_args.mask_values to those "
+                             f"that are meant, probably {probable}: the nearest is taken then")
+        if colors:
+            known = known_colors(colors)
+            fits = f"{known}, which has these" if known else "a YAML or CSV file of names and colours"
+            raise ValueError(f"the training masks of {self.root} are in colours: {describe(colors, True)}; set "
+                             f"data.init_args.mask_colors to {fits}")
+        raise ValueError(f"{self.root} holds no mask to count classes in; give class_names")
+
+    def _look(self, pair: Pair) -> tuple[str, Counter[int]]:
+        """Of which kind a mask is, and its values or colours with their pixels."""
+        try:
+            mask = read_mask(pair.mask, decoding=self.decoding)  # type: ignore[arg-type]
+        except UnusableMask:
+            return "values", Counter()
+        kind = "colours" if mask.colored else "lossy" if mask.lossy else "values"
+        return kind, Counter(dict(count_codes(mask.codes).most_common(1024)))
+
+    def _label_table(self) -> MaskTable:
+        """Labels of the masks' values."""
         if self.layout == "cityscapes":
-            table[:34] = IGNORE
-            table[list(CITYSCAPES.values())] = range(len(CITYSCAPES))
-            count = len(CITYSCAPES)
-        else:
-            count = {"ade20k": 150, "voc": len(VOC)}.get(self.layout, self.num_classes)
-            first = int(self.layout == "ade20k")
-            table[:first] = IGNORE
-            if count > IGNORE:
-                raise ValueError(f"a mask can have {IGNORE} classes at most, got {count} class names")
-            table[first:first + count] = range(count)
-        if count != self.num_classes:
-            raise ValueError(f"{self.num_classes} class names were given; the layout {self.layout} has {count} classes")
-        return table
+            return values_table({value: IGNORE for value in range(34)} | {
+                value: label for label, value in enumerate(CITYSCAPES.values())})
+        if self.layout == "ade20k":
+            return values_table({0: IGNORE} | {label + 1: label for label in range(150)})
+        if self.mask_values is not None:
+            return values_table(self.mask_values, self.mask_nearest)
+        if self.num_classes > IGNORE:
+            raise ValueError(f"a mask can have {IGNORE} classes at most, got {self.num_classes} class names")
+        return values_table(len(VOC) if self.layout == "voc" else self.num_classes)
 
     def _list_split(self, split: str) -> None:
         faults = Faults(self.root, self.on_error)
-        splits = self._splits()
+        splits = [name for name, (_, masks) in self.folders.items() if masks is not None]
         if split == "test" and "test" not in splits:
             rank_zero_info(f"{self.root} has no test images with labels: the validation images are used.")
             self.setup("validate")
             self.pairs["test"] = self.pairs["val"]
             return
         held_out = split != "test" and "val" not in splits
-        pairs = self._check_pairs(self._find_pairs("train" if held_out else split, faults), faults)
+        source = "train" if held_out else split
+        pairs, counts = self._check_pairs(source, self._find_pairs(source, faults), faults)
         faults.report()
         if not pairs:
             raise ValueError(f"{self.root} holds no {split} images that can be used (layout {self.layout})")
-        if not held_out:
-            self.pairs[split] = pairs
+        parts = {split: pairs}
+        if held_out:
+            if len(pairs) < 2:
+                raise ValueError(
+                    f"{self.root} has no val images and a single training image: too few to hold some out")
+            count = min(max(round(self.val_fraction * len(pairs)), 1), len(pairs) - 1)
+            parts["train"], parts["val"] = train_test_split(pairs, test_size=count, random_state=0)
+            rank_zero_info(f"{self.root} has no val images: {len(pairs) - count} of its images train and {count} "
+                           "validate.")
+        self.pairs |= parts
+        for name, part in parts.items():
+            pixels = sum((counts[pair] for pair in part if pair in counts), np.zeros(256, dtype=np.int64))
+            if counts:
+                self._check_labels(name, part, pixels)
+            left_out = (faults.listed, faults.more) if name == source else ([], 0)
+            named = dict(zip(self.class_names, pixels.tolist(), strict=False))
+            self.report.splits[name] = SplitReport(len(part), named if counts else {}, *left_out)
+        for name in ("val", "test"):
+            known = self.verify and name in self.pairs and "train" in self.pairs
+            if known and (name in parts or "train" in parts):
+                say_shared(name, *([pair.image for pair in self.pairs[part]] for part in (name, "train")))
+
+    def _check_labels(self, split: str, pairs: list[Pair], pixels: np.ndarray) -> None:
+        """Complains if there is nothing to learn or to measure in the labels of a split.
+
+        Args:
+            split: Its name.
+            pairs: Its images.
+            pixels: ``[256]``: number of pixels of each label.
+        """
+        present = np.flatnonzero(pixels[:IGNORE])
+        if len(present) > 1 or (len(present) and split != "train"):
             return
-        if len(pairs) < 2:
-            raise ValueError(f"{self.root} has no val images and a single training image: too few to hold some out")
-        count = min(max(round(self.val_fraction * len(pairs)), 1), len(pairs) - 1)
-        self.pairs["train"], self.pairs["val"] = train_test_split(pairs, test_size=count, random_state=0)
-        rank_zero_info(f"{self.root} has no val images: {len(pairs) - count} of its images train and {count} "
-                       "validate.")
+        codes = Counter[int]()
+        for pair in pairs:
+            mask = read_mask(pair.mask, self.table.colored, self.decoding)  # type: ignore[arg-type]
+            codes.update(count_codes(mask.codes))
+        what = "are ignored as a whole"
+        if len(present):
+            what = f"have pixels of one class alone, {self.class_names[present[0]]}"
+        option = f"data.init_args.mask_values to {list_of(sorted(codes), False)} if each value is a class"
+        if self.table.colored:
+            option = "data.init_args.mask_colors to the colours of all classes"
+        advice = f"; set {option}" if len(codes) > 1 else ""
+        found = describe(codes, self.table.colored)
+        raise ValueError(f"the {split} masks of {self.root} {what}; found are {found}{advice}")
 
-    def _splits(self) -> list[str]:
-        """The splits that there are; plain images without folders for them all train."""
-        if self.layout != "plain":
-            return ["train", "val"]
-        found = [name for name in ("train", "val", "test") if (self.root / "images" / name).is_dir()]
-        if found and "train" not in found:
-            raise ValueError(f"{self.root / 'images'} has a folder {found[0]} but no folder train")
-        return found or ["train"]
-
-    def _find_pairs(self, split: str, faults: Faults) -> list["_Pair"]:
+    def _find_pairs(self, split: str, faults: Faults) -> list[Pair]:
         """Images and masks of a split, matched by name; what has no partner goes to ``faults``."""
         if self.layout == "voc":
             return self._listed_pairs(self.train_split if split == "train" else split, faults)
         if self.layout == "plain":
-            part = split if (self.root / "images" / "train").is_dir() else "."
-            folders, endings = (self.root / "images" / part, self.root / "masks" / part), ("", "")
-        elif self.layout == "ade20k":
+            return match(self.folders[split], self.names, faults)
+        if self.layout == "ade20k":
             part = {"train": "training", "val": "validation"}[split]
-            folders, endings = (self.root / "images" / part, self.root / "annotations" / part), ("", "")
+            folders, templates = (self.root / "images" / part, self.root / "annotations" / part), ("*", "*")
         else:
             folders = (self.root / "leftImg8bit" / split, self.root / "gtFine" / split)
-            endings = ("_leftImg8bit", "_gtFine_labelIds")
-        images, masks = (_by_stem(folder, ending, faults) for folder, ending in zip(folders, endings, strict=True))
-        for stem in sorted(images.keys() ^ masks.keys()):
-            if stem in images:
-                faults.add(str(images[stem]), "the image has no mask", f"expected below {folders[1]}")
-            else:
-                faults.add(str(masks[stem]), "the mask has no image", f"expected below {folders[0]}")
-        return [_Pair(stem, images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
+            templates = ("*_leftImg8bit", "*_gtFine_labelIds")
+        for folder in folders:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"folder {folder} does not exist")
+        return match(folders, Names(*templates), faults)
 
-    def _listed_pairs(self, name: str, faults: Faults) -> list["_Pair"]:
+    def _listed_pairs(self, name: str, faults: Faults) -> list[Pair]:
         listing = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
         if not listing.is_file():
             raise FileNotFoundError(f"{listing} does not exist (layout voc)")
@@ -273,60 +390,72 @@ class SegmentationFolderData(LoadedData):
             if missing:
                 faults.add(str(missing[0]), "a listed file does not exist", f"{listing.name} lists {stem}")
             else:
-                pairs.append(_Pair(stem, image, mask))
+                pairs.append(Pair(stem, image, mask))
         return pairs
 
-    def _check_images(self, files: list[Path], faults: Faults) -> list[Path]:
+    def _check_pairs(
+            self, split: str, pairs: list[Pair], faults: Faults) -> tuple[list[Pair], dict[Pair, np.ndarray]]:
+        """The pairs that can be used, and the number of pixels of each label in each; none if nothing is checked."""
         if not (self.verify or faults.skip):
-            return files
-        found = find_faults(decoding_fault if faults.skip else header_fault, files)
-        for file, fault in zip(files, found, strict=True):
-            if fault:
-                faults.add(str(file), "the file cannot be read as an image", fault)
-        return [file for file, fault in zip(files, found, strict=True) if not fault]
-
-    def _check_pairs(self, pairs: list["_Pair"], faults: Faults) -> list["_Pair"]:
-        if not (self.verify or faults.skip):
-            return pairs
-        good = set(self._check_images([pair.image for pair in pairs], faults))
+            return pairs, {}
+        good = set(check_images([pair.image for pair in pairs], faults, self.decoding))
         pairs = [pair for pair in pairs if pair.image in good]
         found = find_faults(self._mask_fault, pairs)
-        for pair, fault in zip(pairs, found, strict=True):
-            if fault:
-                faults.add(str(pair.mask), fault.kind, fault.detail)
-        return [pair for pair, fault in zip(pairs, found, strict=True) if not fault]
+        self._explain_codes(split, pairs, found, faults)
+        for pair, look in zip(pairs, found, strict=True):
+            if isinstance(look, _Fault):
+                faults.add(str(pair.mask), look.kind, look.detail)
+            elif look[:IGNORE].sum() == 0:
+                faults.note(str(pair.mask), "all of the mask is ignored", remedy="kept")
+        return ([pair for pair, look in zip(pairs, found, strict=True) if not isinstance(look, _Fault)],
+                {pair: look for pair, look in zip(pairs, found, strict=True) if not isinstance(look, _Fault)})
 
-    def _mask_fault(self, pair: "_Pair") -> "_UnusableMask | None":
-        with Image.open(pair.image) as image:
-            size = image.size
+    def _explain_codes(self, split: str, pairs: list[Pair], found: list[Any], faults: Faults) -> None:
+        """Says which values or colours the masks have of which some mean nothing, if there are such."""
+        bad = [(pair, look) for pair, look in zip(pairs, found, strict=True) if isinstance(look, _Fault) and look.codes]
+        if not bad:
+            return
+        codes, colored = Counter[int](), self.table.colored
+        for _, look in bad:
+            codes.update(look.codes)
+        option = "mask_colors to a table of them, or mask_nearest to true" if colored else (
+            f"mask_values to what they mean, such as {list_of(sorted(codes), False)}, or name all classes")
+        unknown = "colours" if colored else "labels"
+        text = f"{split} masks with unknown {unknown} have {describe(codes, colored)}: set {option}"
+        if faults.skip:
+            rank_zero_info(f"{self.root}: the {text}")
+            return
+        pair, look = bad[0]
+        raise ValueError(f"{pair.mask}: {look.kind} ({look.detail}); the {text}; or set on_error to skip")
+
+    def _mask_fault(self, pair: Pair) -> "_Fault | np.ndarray":
+        """What is wrong with a mask, or the number of pixels of each of 256 labels."""
+        size = self.decoding.look(pair.image).size
         try:
-            _read_labels(pair.mask, size, self.table)
-        except _UnusableMask as fault:
-            return fault
-        return None
+            labels = _read_labels(pair, size, self.table, self.decoding, self.stored)
+        except UnusableMask as fault:
+            codes = Counter[int]()
+            if fault.kind in (NO_CLASS, NO_CLASS_OF_COLOR):
+                mask = read_mask(pair.mask, self.table.colored, self.decoding)  # type: ignore[arg-type]
+                codes = Counter(dict(count_codes(mask.codes).most_common(1024)))
+            return _Fault(fault.kind, fault.detail, codes)
+        return np.bincount(labels.ravel(), minlength=256)
 
 
-class _Pair(NamedTuple):
-    name: str
-    image: Path
-    mask: Any  # Path; None of an image without labels
-
-
-def _largest_label(pair: _Pair) -> int:
-    try:
-        values = _read_mask(pair.mask)
-    except _UnusableMask:
-        return -1
-    return max((value for value in np.unique(values).tolist() if value != IGNORE), default=-1)
+class _Fault(NamedTuple):
+    kind: str
+    detail: str
+    codes: Counter[int]  # those of the mask, where they are what is wrong
 
 
 class _Images(Dataset):
     """Images with labels (transformed together if they train), or with name and size."""
 
     def __init__(
-            self, pairs: list[_Pair], data: SegmentationFolderData, transform: SegmentationTransform | None = None,
+            self, pairs: list[Pair], data: SegmentationFolderData, transform: SegmentationTransform | None = None,
             annotated: bool = True):
-        self.pairs, self.table, self.transform, self.annotated = pairs, data.table, transform, annotated
+        self.pairs, self.transform, self.annotated = pairs, transform, annotated
+        self.reading = (data.table, data.decoding, data.stored)
         self.short_side, self.max_size = data.short_side, data.max_size
 
     def __len__(self) -> int:
@@ -334,14 +463,14 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         pair = self.pairs[index]
-        photo = read_image(pair.image, HINT)
+        photo = read_image(pair.image, HINT, self.reading[1])
         image = F.pil_to_tensor(photo)
         if not self.annotated:
             size = torch.tensor([photo.height, photo.width])
             return to_image(resize_shorter(image, self.short_side, self.max_size)), pair.name, size
         try:
-            labels = torch.from_numpy(_read_labels(pair.mask, photo.size, self.table))
-        except _UnusableMask as fault:
+            labels = torch.from_numpy(np.array(_read_labels(pair, photo.size, *self.reading)))
+        except UnusableMask as fault:
             raise ValueError(f"{pair.mask}: {fault.kind} ({fault.detail}); {HINT}") from fault
         if self.transform is None:
             image = resize_shorter(image, self.short_side, self.max_size)
@@ -350,58 +479,32 @@ class _Images(Dataset):
         return to_image(image), labels.long()
 
 
-class _UnusableMask(Exception):
-    """What is wrong with a mask, in general and in particular."""
+def _read_labels(
+        pair: Pair, size: tuple[int, int], table: MaskTable, decoding: Decoding, stored: bool) -> np.ndarray:
+    """The labels ``[H, W]`` uint8 of a mask whose image is seen with ``size`` (width, height).
 
-    def __init__(self, kind: str, detail: str):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
-
-
-def _read_mask(file: Path) -> np.ndarray:
-    """The values ``[H, W]`` of a mask: indices of its palette, or its grey values."""
-    try:
-        with Image.open(file) as opened:
-            values = np.asarray(opened)
-    except Exception as error:  # whatever a damaged file makes a decoder raise
-        raise _UnusableMask("the mask cannot be read", " ".join(str(error).split())) from error
-    if values.ndim != 2:
-        raise _UnusableMask("the mask has colours where classes are expected",
-                            f"{values.shape[2]} channels; masks are PNG with a palette or in grey")
-    return values.astype(np.uint8) if values.dtype == bool else values
+    Where a photo's orientation tag turns it, and the mask has the size of the pixels as they are ``stored`` (or the
+    user says that it refers to them), it is turned with the photo.
+    """
+    labels = table.labels_of(read_mask(pair.mask, table.colored, decoding))  # type: ignore[arg-type]
+    if stored or labels.shape[::-1] != size:
+        tag = orientation_of(pair.image)
+        if labels.shape[::-1] == (size[::-1] if tag in TURNED else size):
+            labels = np.asarray(turned(Image.fromarray(labels), tag))
+    if labels.shape[::-1] != size:
+        raise UnusableMask("the mask has another size than its image",
+                           f"{labels.shape[1]} x {labels.shape[0]} pixels, the image {size[0]} x {size[1]}")
+    return labels
 
 
-def _read_labels(file: Path, size: tuple[int, int], table: np.ndarray) -> np.ndarray:
-    """The labels ``[H, W]`` uint8 of a mask that must have ``size`` (width, height)."""
-    values = _read_mask(file)
-    height, width = values.shape
-    if (width, height) != size:
-        raise _UnusableMask("the mask has another size than its image",
-                            f"{width} x {height} pixels, the image {size[0]} x {size[1]}")
-    present = np.unique(values)
-    wrong = [value for value in present.tolist() if not 0 <= value < len(table) or table[value] < 0]
-    if wrong:
-        known = np.flatnonzero((table >= 0) & (table != IGNORE))
-        raise _UnusableMask("the mask has a label without a class",
-                            f"{wrong[0]}; labels are {known.min()} to {known.max()}, and {IGNORE} is ignored")
-    return table.astype(np.uint8)[values]
-
-
-def _by_stem(folder: Path, ending: str, faults: Faults) -> dict[str, Path]:
-    """Images below ``folder`` by their path without extension and ``ending``, which they must have."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist")
-    files: dict[str, Path] = {}
-    for file in find_images(folder):
-        stem = file.relative_to(folder).with_suffix("").as_posix()
-        if not stem.endswith(ending):
-            continue  # Cityscapes has other pictures beside the labels
-        stem = stem.removesuffix(ending)
-        if stem in files:
-            faults.add(str(file), "two files have the same name but for the extension", f"the other is {files[stem]}")
-        else:
-            files[stem] = file
-    return files
+def _exported_classes(folder: Path | None) -> tuple[list[str] | None, list[int] | None]:
+    """Names and values of the classes where Roboflow's ``_classes.csv`` lies beside the masks."""
+    file = (folder or Path()) / "_classes.csv"
+    if folder is None or not file.is_file():
+        return None, None
+    rows = [[cell.strip() for cell in row] for row in csv.reader(file.read_text(encoding="utf-8-sig").splitlines())]
+    rows = [row for row in rows if len(row) == 2 and row[0].isdecimal()]
+    return ([name for _, name in rows], [int(value) for value, _ in rows]) if rows else (None, None)
 
 
 def _ade20k_names(file: Path) -> list[str]:

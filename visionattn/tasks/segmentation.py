@@ -1,4 +1,5 @@
 """Semantic segmentation: any hierarchical backbone with UPerNet or Semantic FPN, measured by mean IoU."""
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ..data.masks import voc_colors
 from ..dense import DenseBackbone
 from ..heads.blocks import resize
 from ..heads.segmenter import Segmenter, multi_scale, sliding_window
@@ -31,10 +33,11 @@ class SegmentationTask(Task):
     trained.
 
     Logs ``train/loss``, and ``val/`` and ``test/`` ``miou`` (mean intersection over union of the classes that occur in
-    the labels or the prediction), ``accuracy`` (of pixels), both fractions, and ``loss`` (mean over the images).
-    Testing writes ``test_metrics.json``, with the IoU of each class; prediction writes ``predictions/<name>.png``
-    (label maps with a palette) and ``pictures/<name>.png`` (the map over the image), all into the trainer's
-    ``default_root_dir``. Batch norm over several devices, clipping and mixed precision are the Trainer's.
+    the labels or the prediction; NaN where that is one alone), ``accuracy`` (of pixels), both fractions, and ``loss``
+    (mean over the images). Testing writes ``test_metrics.json``, with the IoU of each class; prediction writes
+    ``predictions/<name>.png`` (label maps with a palette) and ``pictures/<name>.png`` (the map over the image), all
+    into the trainer's ``default_root_dir``. Batch norm over several devices, clipping and mixed precision are the
+    Trainer's.
 
     Args:
         backbone: Name of a hierarchical model of timm's registry, ours included.
@@ -204,7 +207,8 @@ class SegmentationTask(Task):
         names = self.args.class_names or [str(label) for label in range(self.args.num_classes)]
         # A class that occurs neither in the labels nor in the prediction has no IoU.
         per_class = [None if value.isnan() else round(value.item(), 6) for value in iou]
-        self.write_test_metrics({key: round(value, 6) for key, value in metrics.items()} | {
+        self.write_test_metrics({
+            key: None if math.isnan(value) else round(value, 6) for key, value in metrics.items()} | {
             "iou": dict(zip(names, per_class, strict=True)),
             "num_images": int(self.num_tested.compute()),
             "num_classes": self.args.num_classes,
@@ -240,7 +244,8 @@ class SegmentationTask(Task):
         hits = counts.diagonal()
         iou = hits / (counts.sum(0) + counts.sum(1) - hits)
         metrics = {
-            "miou": iou.nanmean().item(),
+            # Where there is one class alone, in the labels and the prediction, nothing was told apart.
+            "miou": iou.nanmean().item() if iou.isfinite().sum() > 1 else math.nan,
             "accuracy": (hits.sum() / counts.sum()).item(),
             "loss": loss.compute().item(),
         }
@@ -252,13 +257,7 @@ class SegmentationTask(Task):
     def _write(self, name: str, labels: Tensor, image: Tensor) -> Path:
         """Writes one prediction: ``labels [H, W]`` (uint8) and ``image [3, H, W]``."""
         label_map = Image.fromarray(labels.numpy())
-        label_map.putpalette(_palette())
+        label_map.putpalette([value for color in voc_colors() for value in color])
         photo = Image.fromarray((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(0, -1).numpy())
         self.results["pictures"].save(Image.blend(photo, label_map.convert("RGB"), 0.5), name)
         return self.results["predictions"].save(label_map, name)
-
-
-def _palette() -> list[int]:
-    """Red, green and blue of 256 labels, as PASCAL VOC colours them: the label's bits, dealt to the high bits."""
-    return [sum(((label >> 3 * bit + channel) & 1) << 7 - bit for bit in range(8))
-            for label in range(256) for channel in range(3)]
