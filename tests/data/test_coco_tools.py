@@ -3,6 +3,7 @@ import json
 import logging
 import tracemalloc
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pycocotools import mask as rle
 from visionattn.data import CocoData
 from visionattn.data.detection import Records
 from visionattn.data.polygons import mask_of, segmentation_of
+from visionattn.tasks import DetectionTask
 
 from .images import coco_content, truncate, write_image
 
@@ -127,7 +129,13 @@ def test_ids_that_are_no_numbers(tmp_path, content):
         image["id"] = f"image-{image['id']}"
     for annotation in content["annotations"]:
         annotation["image_id"] = f"image-{annotation['image_id']}"
-    assert [target["image_id"] for target in _targets(_make(tmp_path, content))] == ["image-5", "image-7", "image-9"]
+    data = _make(tmp_path, content, predict_root=None)
+    assert [target["image_id"] for target in _targets(data)] == ["image-5", "image-7", "image-9"]
+    task = DetectionTask("test_dinat", num_classes=2, detector="fcos", fpn_channels=64, min_size=64, max_size=96)
+    pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "run", enable_progress_bar=False,
+               enable_model_summary=False).predict(task, data, return_predictions=False)
+    predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    assert {record["image_id"] for record in predictions} == {"image-5", "image-7", "image-9"}
 
 
 @pytest.mark.parametrize("root", [

@@ -336,3 +336,15 @@ def test_trains_through_the_command_line(tmp_path, monkeypatch):
     inbox = ["--data.init_args.predict_root", "photos/images/val"]
     assert main(["predict", "--config", str(run / "config.yaml"), *inbox]) == 0
     assert len(list((run / "pictures").rglob("*.png"))) == 3
+
+
+def test_every_class_has_its_share_of_held_out_images(tmp_path):
+    """Of 20 images, five have the rare class and five no object."""
+    _write(tmp_path, "images", "labels", splits=("a",), count=20)
+    for index in range(10):
+        (tmp_path / "labels" / f"a{index}.txt").write_text("" if index % 2 else f"{BOX}\n1 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "classes.txt").write_text("box\nring\n")
+    data = _make(tmp_path)
+    assert {split: report.images for split, report in data.report.splits.items()} == {"train": 16, "val": 4}
+    assert data.report.splits["val"].counts["ring"] == 1
+    assert sum(not record.objects for record in data.records["val"]) == 1

@@ -14,8 +14,8 @@ Detection
     * ``labels [N]`` int64: 1 to ``num_classes``, of which ``category_ids[label - 1]`` is the number in COCO files;
     * ``masks [N, H, W]`` uint8, where the data's ``masks`` asks for them;
     * ``area [N]`` float32 and ``iscrowd [N]`` int64 as in COCO's format; crowds are in no training target;
-    * ``image_id`` int, ``orig_size [2]`` int64: height and width of the file, and for evaluation and prediction
-      ``file_name`` str. Prediction has these alone.
+    * ``image_id`` int (str where the file's ids are no numbers), ``orig_size [2]`` int64: height and width of the
+      file, as it is seen, and for evaluation and prediction ``file_name`` str. Prediction has these alone.
 
 Segmentation
     ``(images [B, 3, H, W] float32 in [0, 1], not normalised, labels [B, H, W] int64)`` for training and evaluation,

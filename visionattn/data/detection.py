@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -190,6 +189,7 @@ class DetectionData(LoadedData):
             Listed(count, str(file.relative_to(self.predict_root)), file, None, [])
             for count, file in enumerate(files, start=1)], faults)
         faults.report()
+        self.report.splits["predict"] = SplitReport(len(images), {}, faults.listed, faults.more)
         return self._eval_loader(_Images(
             Records(Record(image.image_id, image.name, str(image.file), None, []) for image in images),
             self.decoding, annotated=False))
@@ -211,11 +211,12 @@ class DetectionData(LoadedData):
         if len(records) < 2:
             raise ValueError(f"{faults.source} has a single image: too few to hold some out for validation; add images "
                              "or a validation split")
-        train, val = train_test_split(range(len(records)), test_size=max(1, round(0.2 * len(records))), random_state=0)
+        val = _fifth(records)
+        train = sorted(set(range(len(records))) - set(val))
         rank_zero_info(f"There are no validation images: of the {len(records)} images of {faults.source}, {len(train)} "
                        f"train and {len(val)} validate, always the same.")
-        self._keep("train", [records[index] for index in sorted(train)], faults)
-        self._keep("val", [records[index] for index in sorted(val)], Faults(faults.source, self.on_error))
+        self._keep("train", [records[index] for index in train], faults)
+        self._keep("val", [records[index] for index in val], Faults(faults.source, self.on_error))
 
     def _keep(self, split: str, records: list["Record"], faults: Faults) -> None:
         counts = Counter(thing.label for record in records for thing in record.objects if not thing.crowd)
@@ -496,6 +497,15 @@ def _turned_boxes(boxes: Tensor, tag: int, size: tuple[int, ...]) -> Tensor:
     if tag in (3, 4, 7, 8):
         top, bottom = height - bottom, height - top
     return torch.stack([left, top, right, bottom], dim=1)
+
+
+def _fifth(records: list[Record]) -> list[int]:
+    """Every fifth of the images, in an order by the rarest class in each, so that every class has its share."""
+    images = Counter(label for record in records for label in {thing.label for thing in record.objects})
+    rarest = [min(((images[thing.label], thing.label) for thing in record.objects), default=(0, 0))
+              for record in records]
+    order = np.random.default_rng(0).permutation(len(records)).tolist()
+    return sorted(sorted(order, key=rarest.__getitem__)[min(2, len(records) - 1)::5])
 
 
 def _box(box: Any, size: tuple[int, int], shares: bool) -> tuple[tuple[float, float, float, float] | None, str]:

@@ -200,7 +200,7 @@ class DetectionTask(Task):
         """Writes ``predictions.json`` into the run folder."""
         records, self._predictions = self.of_all_processes(self._predictions), []
         if self.trainer.world_size > 1:
-            records.sort(key=lambda record: record["image_id"])
+            records.sort(key=lambda record: (isinstance(record["image_id"], str), record["image_id"]))
         if self.trainer.is_global_zero:
             run = Path(self.trainer.default_root_dir)
             run.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ class DetectionTask(Task):
         for i, ((x1, y1, x2, y2), score, label) in enumerate(
                 zip(boxes, scores, detections["labels"].tolist(), strict=True)):
             records.append({
-                "image_id": int(target["image_id"]),
+                "image_id": target["image_id"],
                 "file_name": target["file_name"],
                 "category_id": ids[label - 1] if ids else label,
                 "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
