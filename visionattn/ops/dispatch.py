@@ -95,7 +95,8 @@ class Op:
         Raises:
             BackendError: No such backend, or it cannot do the problem.
         """
-        wanted = backend or next((name for name in _requested.get() or _defaults if name in self._names), None)
+        names = _requested.get() or _defaults if _scopes else _defaults
+        wanted = backend or next((name for name in names if name in self._names), None)
         if wanted is None:
             for candidate in self.backends.values():
                 if candidate.automatic(problem) and candidate.supports(problem)[0]:
@@ -117,6 +118,8 @@ class Op:
 _OPS: dict[str, Op] = {}
 _requested: ContextVar[tuple[str, ...]] = ContextVar("visionattn_backends", default=())
 _defaults: tuple[str, ...] = ()  # those of VISIONATTN_BACKEND
+_scopes: list[tuple[str, ...]] = []  # of use_backend(), in all threads: where there is none, torch.compile meets no
+# context variable, which that of PyTorch 2.9 cannot read
 
 
 def operations() -> list[str]:
@@ -162,9 +165,11 @@ def use_backend(*names: str) -> Iterator[None]:
     """
     _check_names(names)
     token = _requested.set(names)
+    _scopes.append(names)
     try:
         yield
     finally:
+        _scopes.remove(names)
         _requested.reset(token)
 
 

@@ -97,7 +97,7 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[in
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
     check_sizes(q=q, k=k, v=v)
-    if len(region_size) != 2 or any(not isinstance(size, int | torch.SymInt) or size < 1 for size in region_size):
+    if len(region_size) != 2 or not (_is_size(region_size[0]) and _is_size(region_size[1])):
         raise ValueError(f"region_size must be a positive int or two of them, got {region_size}")
     if q.shape[1] % region_size[0] or q.shape[2] % region_size[1]:
         raise ValueError(
@@ -107,6 +107,10 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[in
         raise ValueError(f"the key map of {k.shape[1]} x {k.shape[2]} cannot be cut into q's grid of "
                          f"{grid[0]} x {grid[1]} regions")
     return grid
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, (int, torch.SymInt)) and size >= 1
 
 
 def _check_routes(routes: Tensor, q: Tensor, grid: tuple[int, int], route_weights: Tensor | None) -> None:
