@@ -4,7 +4,12 @@ from torch import Tensor
 
 from .dispatch import exporting
 
-__all__ = ["check_sizes", "known_range"]
+__all__ = ["check_sizes", "known_range", "shapes"]
+
+
+def shapes(**tensors: Tensor) -> str:
+    """Names and shapes of tensors, for the message of an error."""
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
 
 
 def check_sizes(**tensors: Tensor) -> None:

@@ -29,12 +29,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: flo
     """
     if transforming() or in_forward_mode(q, k, v, mask):
         return _plain(q, k, v, mask, scale)
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # There the kernels round between their products; those of accelerators sum in float32.
-        wide = None if mask is None else mask.float()
-        return sdpa(q.float(), k.float(), v.float(), wide, scale).to(q.dtype)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and _is_fused(q, k, v, mask):
-        return _Fused.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    if q.device.type == "cpu":
+        if q.dtype in (torch.bfloat16, torch.float16):
+            # There the kernels round between their products; those of accelerators sum in float32.
+            wide = None if mask is None else mask.float()
+            return sdpa(q.float(), k.float(), v.float(), wide, scale).to(q.dtype)
+        if torch.is_grad_enabled() and _is_fused(q, k, v, mask):
+            return _Fused.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if exporting() and not torch.jit.is_tracing():
         # The strides of the kernels that the exporter takes the operator apart into, one after the other, differ: what

@@ -7,7 +7,7 @@ models pool them from the queries with :func:`pool_agents`.
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes
+from ..checks import check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import fused, naive
 from .cases import CASES, AgentProblem
@@ -70,14 +70,15 @@ def agent_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> None:
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, agents {list(agents.shape)}"
     if not q.ndim == k.ndim == v.ndim == agents.ndim == 4:
-        raise ValueError(f"q, k, v and agents must be [batch, tokens, heads, head_dim]: got {shapes}")
+        raise ValueError(f"q, k, v and agents must be [batch, tokens, heads, head_dim]: got "
+                         f"{shapes(q=q, k=k, v=v, agents=agents)}")
     for name, x in (("k", k), ("agents", agents)):
         if x.shape[0] != q.shape[0] or x.shape[2:] != q.shape[2:]:
-            raise ValueError(f"{name} must have q's batch, heads and head_dim: got {shapes}")
+            raise ValueError(f"{name} must have q's batch, heads and head_dim: got "
+                             f"{shapes(q=q, k=k, v=v, agents=agents)}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must have k's batch, tokens and heads: got {shapes}")
+        raise ValueError(f"v must have k's batch, tokens and heads: got {shapes(q=q, k=k, v=v, agents=agents)}")
     check_sizes(q=q, k=k, v=v, agents=agents)
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k, v and agents must be floating point, got {q.dtype}")

@@ -6,7 +6,7 @@ tokens a cluster takes, and how clusters are found, is in :mod:`visionattn.ops.k
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, known_range
+from ..checks import check_sizes, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import gathered, naive
 from .cases import CASES, KMeansProblem
@@ -88,11 +88,10 @@ def kmeans_attention(
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must be [batch, tokens, heads, head_dim]: got {shapes}")
+        raise ValueError(f"q, k and v must be [batch, tokens, heads, head_dim]: got {shapes(q=q, k=k, v=v)}")
     if k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"k must have the shape of q, and v its batch, tokens and heads: got {shapes}")
+        raise ValueError(f"k must have the shape of q, and v its batch, tokens and heads: got {shapes(q=q, k=k, v=v)}")
     check_sizes(q=q, v=v)
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")

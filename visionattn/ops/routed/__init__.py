@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..checks import check_sizes, known_range
+from ..checks import check_sizes, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import gathered, naive, triton_backend
 from .cases import CASES, RoutedProblem
@@ -84,13 +84,12 @@ def routed_attention(
 
 
 def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[int, int]:
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 5:
-        raise ValueError(f"q, k and v must be [batch, height, width, heads, head_dim]: got {shapes}")
+        raise ValueError(f"q, k and v must be [batch, height, width, heads, head_dim]: got {shapes(q=q, k=k, v=v)}")
     if k.shape[0] != q.shape[0] or k.shape[-2:] != q.shape[-2:]:
-        raise ValueError(f"k must have q's batch, heads and head_dim: got {shapes}")
+        raise ValueError(f"k must have q's batch, heads and head_dim: got {shapes(q=q, k=k, v=v)}")
     if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"v must have k's batch, spatial shape and heads: got {shapes}")
+        raise ValueError(f"v must have k's batch, spatial shape and heads: got {shapes(q=q, k=k, v=v)}")
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
