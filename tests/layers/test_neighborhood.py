@@ -99,6 +99,7 @@ def test_exports_with_free_sizes():
         torch.testing.assert_close(program(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 10), reason="PyTorch 2.9 cannot see that a padded side is long enough")
 @torch.no_grad()
 def test_onnx_with_free_sizes(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")

@@ -539,10 +539,12 @@ def test_jit_trace(call, backend, gradients):
 class Module(nn.Module):
     def __init__(self, call: Call, backend: str):
         super().__init__()
-        self.call, self.backend = call, backend
+        # One by one: Dynamo of PyTorch 2.9 cannot look into a named tuple that holds tensors.
+        self.op, self.names, self.tables = call.op, list(call.tensors), call.tables
+        self.options = call.options | {"backend": backend}
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self.call(*tensors, backend=self.backend)
+        return self.op(**dict(zip(self.names, tensors, strict=True)), **self.tables, **self.options)
 
 
 @both_backends

@@ -253,13 +253,23 @@ def numbers(sizes: Sequence[Any]) -> tuple[Any, ...]:
 def larger(a: Any, b: Any) -> Any:
     """The larger of two sizes; symbolic ones (export) are not compared, as that would hold for the example's only."""
     a, b = numbers((a, b))
-    return torch.sym_max(a, b) if exporting() and not torch.jit.is_tracing() else max(a, b)
+    return torch.sym_max(a, b) if _symbolic() else max(a, b)
 
 
 def smaller(a: Any, b: Any) -> Any:
     """The smaller of two sizes, likewise."""
     a, b = numbers((a, b))
-    return torch.sym_min(a, b) if exporting() and not torch.jit.is_tracing() else min(a, b)
+    return torch.sym_min(a, b) if _symbolic() else min(a, b)
+
+
+def _symbolic() -> bool:
+    """Whether sizes may be symbols."""
+    if _FEW_SYMBOLS and torch.compiler.is_dynamo_compiling():
+        return False
+    return exporting() and not torch.jit.is_tracing()
+
+
+_FEW_SYMBOLS = torch.__version__ < (2, 10)  # Dynamo has no sym_max of two numbers, and cannot tell these from symbols
 
 
 # What all calls have in common.
