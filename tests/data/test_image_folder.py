@@ -1,9 +1,11 @@
 """ImageFolderData: the layouts it reads, and what it says about those that it cannot."""
 import logging
+import pickle
 from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
 from visionattn.data import ImageFolderData
 
@@ -110,8 +112,6 @@ def test_predict(photos):
 
 
 def test_grey_and_transparent_images_become_rgb(photos):
-    from PIL import Image
-
     Image.new("L", (20, 20)).save(photos / "val" / "cat" / "grey.png")
     Image.new("RGBA", (20, 20)).save(photos / "val" / "cat" / "alpha.png")
     data = ImageFolderData(str(photos), **SMALL)
@@ -209,3 +209,22 @@ def test_bad_predict_root(photos):
 def test_bad_arguments(photos, kwargs, message):
     with pytest.raises(ValueError, match=message):
         ImageFolderData(str(photos), **SMALL | kwargs)
+
+
+@pytest.mark.parametrize("policy", [
+    "rand-m9-mstd0.5-inc1", "rand-m10-inc1", "rand-m10", "rand-m0", "rand-m1-mstdinf", "original", "originalr", "v0",
+    "augmix-m10",
+])
+def test_augmentation_stays_within_pillows_ranges(photos, policy):
+    data = pickle.loads(pickle.dumps(ImageFolderData(str(photos), **SMALL, auto_augment=policy)))
+    image = Image.new("RGB", (40, 36), (200, 100, 50))
+    operations = [op for step in data.train_transform.transforms
+                  for op in [*getattr(step, "ops", ()), *(op for part in getattr(step, "policy", ()) for op in part)]]
+    assert any(op.name.startswith("Posterize") for op in operations)
+    for op in operations:
+        op.prob = 1.0
+        for magnitude in (0, 2, 5, 9, 9.6, 10):
+            op.magnitude, op.magnitude_std = magnitude, 0
+            op(image)
+    torch.manual_seed(0)
+    assert data.train_transform(image).shape == (3, 32, 32)

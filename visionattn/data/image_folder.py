@@ -121,9 +121,9 @@ class ImageFolderData(LoadedData):
         self.val_fraction, self.verify = val_fraction, verify
         self.predict_root = predict_root
         common: dict[str, Any] = dict(input_size=image_size, mean=mean, std=std)
-        self.train_transform = create_transform(
+        self.train_transform = _within_ranges(create_transform(
             **common, is_training=True, scale=scale, hflip=hflip, color_jitter=color_jitter,
-            auto_augment=auto_augment, re_prob=random_erasing, re_mode="pixel", interpolation=train_interpolation)
+            auto_augment=auto_augment, re_prob=random_erasing, re_mode="pixel", interpolation=train_interpolation))
         self.eval_transform = create_transform(**common, crop_pct=crop_pct, interpolation=interpolation)
 
         self.report, self.given = DataReport("images"), bool(classes)
@@ -283,6 +283,20 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         file, label = self.samples[index]
         return self.transform(read_image(file, HINT, self.decoding)), label
+
+
+def _within_ranges(transform: Any) -> Any:
+    """The transform, whose augmentations never ask Pillow for what it refuses: to posterise to no bits at all."""
+    for step in transform.transforms:
+        operations = [*getattr(step, "ops", ()), *(op for part in getattr(step, "policy", ()) for op in part)]
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_one_bit_or_more, operation.level_fn)
+    return transform
+
+
+def _one_bit_or_more(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    return (max(1, *level_fn(level, hparams)),)
 
 
 def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str, Path]]:

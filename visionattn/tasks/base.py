@@ -9,8 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from .results import ResultFolder
 
@@ -28,7 +29,7 @@ class Task(pl.LightningModule):
         """The moving average of the weights, while fitting."""
         if self.args.ema_decay is None or self.trainer.state.fn != "fit":
             return []
-        return [EMAWeightAveraging(decay=self.args.ema_decay)]
+        return [WeightAveraging(multi_avg_fn=_MovingAverage(self.args.ema_decay))]
 
     def on_train_epoch_start(self) -> None:
         """Seeds by the run's seed and the epoch, so that a resumed run draws what an uninterrupted one would have."""
@@ -61,6 +62,13 @@ class Task(pl.LightningModule):
             raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         return int(steps)
 
+    def warmup_steps(self, wanted: float, steps: int) -> int:
+        """Steps of warm-up in a run of ``steps``: those that are ``wanted``, and a third of the run at most."""
+        count = min(round(wanted), steps // 3)
+        if count < round(wanted):
+            rank_zero_info(f"The warm-up takes {count} steps in place of {round(wanted)}: the run has {steps}.")
+        return count
+
     def of_all_processes(self, records: list[Any]) -> list[Any]:
         """The records of every process, in the order of the processes."""
         if self.trainer.world_size == 1:
@@ -76,6 +84,27 @@ class Task(pl.LightningModule):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(metrics, indent=2) + "\n")
             rank_zero_info(f"Test metrics are in {path}")
+
+
+class _MovingAverage:
+    """Updates an exponential moving average of weights whose decay rises to ``decay`` with the number of updates.
+
+    A run's first weights thus do not outweigh those that were trained: after ``n`` steps the average spans about the
+    last ninth of them, or what ``decay`` spans where that is less.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+
+    @torch.no_grad()
+    def __call__(self, averages: list[Tensor], weights: list[Tensor], updates: Tensor) -> None:
+        """Takes tensors of one device and dtype, and the number of updates before this one."""
+        count = int(updates)
+        decay = min(self.decay, max(0.5, (1 + count) / (10 + count)))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        else:  # counts, such as a batch norm's
+            torch._foreach_copy_(averages, weights)
 
 
 def check_arguments(num_classes: int, least: int, class_names: list[str] | None, ema_decay: float | None) -> None:

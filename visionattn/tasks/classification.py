@@ -42,14 +42,15 @@ class ClassificationTask(Task):
         weight_decay: Of weights; biases, norms and bias tables have none.
         betas: Of AdamW.
         layer_decay: Factor on the learning rate from each layer to the one before it; None for one rate.
-        warmup_epochs: Epochs of linear warm-up; fractions count.
+        warmup_epochs: Epochs of linear warm-up; fractions count. It takes a third of the run at most.
         min_lr: Learning rate that the cosine ends at.
         label_smoothing: Share of the target spread over all classes.
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off.
         mixup_switch_prob: Probability of cutmix for a batch where both are on.
-        ema_decay: Decay per step of the moving average of the weights. The average is what is validated and tested;
-            a checkpoint holds it as ``state_dict`` and the raw weights beside it. None keeps no average.
+        ema_decay: Decay per step of the moving average of the weights, less in the first steps. The average is what is
+            validated and tested; a checkpoint holds it as ``state_dict`` and the raw weights beside it. None keeps no
+            average.
     """
 
     monitor = "val/accuracy"  # what the best checkpoint is best in
@@ -108,7 +109,8 @@ class ClassificationTask(Task):
         self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
         epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         schedule = cosine_with_warmup(
-            optimizer, steps, round(args.warmup_epochs * epoch_steps), args.min_lr / args.lr if args.lr else 0.0)
+            optimizer, steps, self.warmup_steps(args.warmup_epochs * epoch_steps, steps),
+            args.min_lr / args.lr if args.lr else 0.0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:

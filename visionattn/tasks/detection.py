@@ -68,7 +68,7 @@ class DetectionTask(Task):
         layer_decay: Factor on the learning rate from each layer of the backbone to the one before it.
         schedule: ``step``: a tenth of the rate from each of the milestones on; ``cosine`` over the whole run.
         milestones: Epochs; fractions count.
-        warmup_steps: Optimiser steps of linear warm-up.
+        warmup_steps: Optimiser steps of linear warm-up, a third of the run at most.
         min_lr: Learning rate that the cosine ends at.
         ema_decay: Decay per step of the moving average of the weights, which is then what is validated and tested.
     """
@@ -142,13 +142,14 @@ class DetectionTask(Task):
             pyramid.body.model, args.lr, args.weight_decay, args.betas, args.layer_decay,
             [pyramid.body.norms, pyramid.fpn, *heads])
         steps = self.training_steps()
+        warmup = self.warmup_steps(args.warmup_steps, steps)
         if args.schedule == "cosine":
-            schedule = cosine_with_warmup(optimizer, steps, args.warmup_steps, args.min_lr / args.lr if args.lr else 0.)
+            schedule = cosine_with_warmup(optimizer, steps, warmup, args.min_lr / args.lr if args.lr else 0.)
         else:
             self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
             epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
             schedule = steps_with_warmup(
-                optimizer, [round(milestone * epoch) for milestone in args.milestones], args.warmup_steps)
+                optimizer, [round(milestone * epoch) for milestone in args.milestones], warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch) -> Tensor:

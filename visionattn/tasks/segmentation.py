@@ -67,7 +67,7 @@ class SegmentationTask(Task):
         layer_decay: Factor on the learning rate from each layer of the backbone to the one before it.
         schedule: ``poly`` or ``cosine``, over the whole run.
         poly_power: Exponent of ``poly``.
-        warmup_steps: Optimiser steps of linear warm-up.
+        warmup_steps: Optimiser steps of linear warm-up, a third of the run at most.
         min_lr: Learning rate that the schedule ends at.
         ema_decay: Decay per step of the moving average of the weights, which is then what is validated and tested.
     """
@@ -165,10 +165,11 @@ class SegmentationTask(Task):
         heads = [head for head in (model.backbone.norms, model.head, model.auxiliary_head) if head is not None]
         optimizer = adamw(model.backbone.model, args.lr, args.weight_decay, args.betas, args.layer_decay, heads)
         steps, floor = self.training_steps(), args.min_lr / args.lr if args.lr else 0.0
+        warmup = self.warmup_steps(args.warmup_steps, steps)
         if args.schedule == "cosine":
-            schedule = cosine_with_warmup(optimizer, steps, args.warmup_steps, floor)
+            schedule = cosine_with_warmup(optimizer, steps, warmup, floor)
         else:
-            schedule = poly_with_warmup(optimizer, steps, args.warmup_steps, floor, args.poly_power)
+            schedule = poly_with_warmup(optimizer, steps, warmup, floor, args.poly_power)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
