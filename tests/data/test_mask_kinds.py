@@ -307,7 +307,18 @@ def test_folders_by_name(tmp_path):
     _check(tmp_path, image_folder="photographs", mask_folder="painted")
 
 
-@pytest.mark.parametrize("suffix", ["_mask", "_seg", "_label", "-mask", ".mask", "_GT", "_segmentation", " Mask"])
+def test_folders_of_other_files_are_no_masks(tmp_path):
+    _write(tmp_path, splits=("",))
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann" / "0.jpg.json").write_text("{}")
+    assert len(_make(tmp_path).pairs["train"]) == 3
+    (tmp_path / "masks").rename(tmp_path / "masks_machine")
+    (tmp_path / "images").rename(tmp_path / "img")
+    assert len(_make(tmp_path, mask_folder="masks_machine").pairs["train"]) == 3
+
+
+@pytest.mark.parametrize("suffix", [
+    "_mask", "_seg", "_label", "-mask", ".mask", "_GT", "_segmentation", " Mask", "_L", ".jpg", ".jpg_mask"])
 def test_masks_with_a_suffix(tmp_path, suffix, said):
     _write(tmp_path, suffix=suffix)
     data = _check(tmp_path)

@@ -14,7 +14,7 @@ __all__ = ["Names", "Pair", "find_folders", "match"]
 IMAGES = {"images", "image", "imgs", "img", "photos", "pictures", "jpegimages", "input", "inputs", "rgb", "original",
           "originals"}
 MASKS = {"masks", "mask", "labels", "label", "annotations", "annotation", "annot", "ann", "gt", "groundtruth", "seg",
-         "segs", "segmentation", "segmentations", "segmentationclass", "targets", "target"}
+         "segs", "segmentation", "segmentations", "segmentationclass", "segmentationclasspng", "targets", "target"}
 _MASK = "masks?|seg(?:s|mentations?)?|labels?|labelids|gt|ground_?truth|annot(?:ation)?s?|ann|targets?|matte|l|p"
 _IMAGE = "images?|imgs?|photo|pic|rgb|sat|input|color"
 
@@ -65,10 +65,12 @@ def find_folders(
     """
     while True:
         if images is not None or masks is not None:
-            for folder in (root / (images or "images"), root / (masks or "masks")):
+            own = root / images if images else _by_kind(root, IMAGES) or root / "images"
+            theirs = root / masks if masks else _by_kind(root, MASKS) or root / "masks"
+            for folder in (own, theirs):
                 if not folder.is_dir():
                     raise FileNotFoundError(f"folder {folder} does not exist (image_folder and mask_folder)")
-            return _inner_splits(root / (images or "images"), root / (masks or "masks"))
+            return _inner_splits(own, theirs)
         pair = _by_kind(root, IMAGES), _by_kind(root, MASKS)
         if None not in pair:
             return _inner_splits(*pair)  # type: ignore[arg-type]
@@ -165,19 +167,24 @@ def _template(name: str) -> _Key:
 
 
 def _stripped(words: str) -> _Key:
-    """A name without one of the words at its end or start, regardless of capitals."""
+    """A name without one of the words at its end or start and the ending of an image, regardless of capitals."""
     def key(stem: str) -> str:
-        stem = stem.casefold()
+        stem = without_ending(stem.casefold())
         end = re.fullmatch(rf"(.+?)[ _.-]+(?:{words})", stem)
         start = re.fullmatch(rf"(?:{words})(?:[ _.-]+|(?=\d))(.+)", stem)
-        return end[1] if end else start[1] if start else stem
+        return without_ending(end[1] if end else start[1] if start else stem)
+
+    def without_ending(stem: str) -> str:  # of photo.jpg.png, or photo.jpg_mask.png
+        return stem.removesuffix(PurePosixPath(stem).suffix) if is_image(Path(stem)) else stem
 
     return key
 
 
 def _by_kind(root: Path, kinds: set[str]) -> Path | None:
-    """The one folder in ``root`` that is called so."""
+    """The one folder in ``root`` that is called so; of several the one that holds images."""
     found = [folder for folder in visible_folders(root) if re.sub(r"[ _.-]", "", folder.name.lower()) in kinds]
+    if len(found) > 1:
+        found = [folder for folder in found if any(map(is_image, visible_files(folder)))]
     return found[0] if len(found) == 1 else None
 
 
