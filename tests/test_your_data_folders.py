@@ -113,7 +113,7 @@ def test_what_tools_write(tmp_path, tool):
     elif tool == "Roboflow":
         for split in ("train", "valid"):
             _pairs(tmp_path / split, tmp_path / split, "{}_mask.png")
-            (tmp_path / split / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, cat\n")
+            (tmp_path / split / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, road\n")
         names = ["background", "road"]
     elif tool == "LabelMe":
         _pairs(tmp_path / "JPEGImages", tmp_path / "SegmentationClassPNG")
