@@ -157,6 +157,30 @@ def test_classes_at_two_depths_are_asked_about(tmp_path, said):
     assert "such as more/emu" in said.text
 
 
+@pytest.mark.parametrize("names", [("train_small", "val_small"), ("my train", "test nr 2"), ("train", "val (copy)")])
+def test_names_that_speak_of_splits_besides(tmp_path, names, said):
+    for name, count in zip(names, (4, 2), strict=True):
+        write_classes(tmp_path / name, count=count)
+    data = _make(tmp_path)
+    data.setup("test")
+    assert data.class_names == ["cat", "dog", "emu"]
+    assert len(data.samples["test"]) == 6
+    assert "is taken as the" in said.text
+
+
+def test_classes_that_speak_of_splits_are_classes(tmp_path):
+    write_classes(tmp_path, classes=("model train", "test tube", "validator"))
+    assert _make(tmp_path).class_names == ["model train", "test tube", "validator"]
+
+
+def test_the_same_folders_in_all_folders_are_asked_about(tmp_path):
+    for name in ("batch 1", "batch 2"):
+        write_classes(tmp_path / name)
+    message = _refused(tmp_path)
+    assert "hold the same folders (cat, dog, emu)" in message
+    assert _make(tmp_path, classes=["batch 1", "batch 2"]).num_classes == 2
+
+
 def test_one_class_is_no_task(tmp_path):
     write_classes(tmp_path / "train", classes=("cat",))
     assert "train has one class only, cat: there is nothing to tell apart" in _refused(tmp_path)

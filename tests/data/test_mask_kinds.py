@@ -150,6 +150,24 @@ def test_jpeg_masks(tmp_path):
         assert set(labels.unique().tolist()) == {0, 1}
 
 
+def test_smoothed_edges(tmp_path):
+    def of(label):
+        return Image.fromarray(label * np.uint8(255)).resize((23, 21), Image.Resampling.BILINEAR).resize(
+            (40, 36), Image.Resampling.BICUBIC)
+
+    _write(tmp_path, of)
+    message = _refused(tmp_path)
+    assert "edges that were smoothed" in message
+    assert "mask_values to [0, 255] and mask_nearest to true" in message
+    message = _refused(tmp_path, class_names=["ground", "box"])
+    assert "a label without a class" in message
+    assert "mask_values to those meant, probably [0, 255], and mask_nearest to true" in message
+    assert "a label without a class" in _refused(tmp_path, mask_values=[0, 255])
+    data = _make(tmp_path, mask_values=[0, 255], mask_nearest=True)
+    for index, (_, labels) in enumerate(data.val_dataloader()):
+        assert (labels[0] == torch.from_numpy(_label(100 + index))).float().mean() > 0.95
+
+
 def _in_colors(label):
     return np.array([(0, 0, 0), ROAD], np.uint8)[label]
 
@@ -324,6 +342,16 @@ def test_masks_with_a_suffix(tmp_path, suffix, said):
     data = _check(tmp_path)
     assert [pair.name for pair in data.pairs["val"]] == ["0", "1", "2", "3"]
     assert "Masks are matched to images by their names, such as 0.jpg and 0" in said.text
+
+
+def test_names_of_cityscapes_in_plain_folders(tmp_path):
+    _write(tmp_path)
+    for split in ("train", "val"):
+        for index in range(4):
+            image, mask = tmp_path / "images" / split / f"{index}.jpg", tmp_path / "masks" / split / f"{index}.png"
+            image.rename(image.with_name(f"ulm_{index}_leftImg8bit.jpg"))
+            mask.rename(mask.with_name(f"ulm_{index}_gtFine_labelTrainIds.png"))
+    _check(tmp_path)
 
 
 def test_pairs_by_other_names(tmp_path):

@@ -1,4 +1,8 @@
 """Images are decoded as a viewer shows them, or refused with a reason."""
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -84,7 +88,7 @@ def test_floating_point_numbers(tmp_path):
 def test_integers_of_32_bits_are_refused_without_a_range(tmp_path):
     file = tmp_path / "a.tiff"
     Image.fromarray(np.array([[0, 5000]], np.int32)).save(file)
-    assert "32-bit integers from 0 to 5000: set value_range" in header_fault(file)
+    assert "integers of an unknown range from 0 to 5000: set value_range" in header_fault(file)
     assert _read(file, value_range=(0, 5000))[..., 0].tolist() == [[0, 255]]
 
 
@@ -141,6 +145,48 @@ def test_pictures_that_cannot_be_decoded_are_refused_by_their_kind(tmp_path, end
     Image.new("RGB", (4, 4)).save(tmp_path / "preview.tiff")
     file = (tmp_path / "preview.tiff").rename(tmp_path / f"a.{ending}")
     assert f"{ending.upper()} files cannot be decoded: convert it to JPEG or PNG" in header_fault(file)
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    assert "it is no file" in header_fault(tmp_path / "a.jpg")
+
+
+def _png(path, pixels, color_type):
+    """Writes 16-bit samples ``[H, W, C]`` of a colour type that Pillow does not write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks))
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_with_colours_or_transparency(tmp_path, color_type, channels):
+    pixels = np.full((4, 4, channels), 65535, np.uint16)
+    pixels[:, :2, :3 if channels > 2 else 1] = 25700  # 100 of 255
+    _png(tmp_path / "a.png", pixels, color_type)
+    assert np.abs(_read(tmp_path / "a.png")[0, :, 0] - [100, 100, 255, 255]).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_sixteen_bit_tiff_in_colours_and_signed(tmp_path, kind):
+    """``kind`` is the sample format: unsigned RGB, or signed grey."""
+    channels = 3 if kind == 1 else 1
+    data = np.full((4, 4, channels), 25700, "<i2").tobytes()
+    tags = [(256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 1, 16), (259, 3, 1, 1), (262, 3, 1, 2 if channels == 3 else 1),
+            (273, 4, 1, 200), (277, 3, 1, channels), (278, 3, 1, 4), (279, 4, 1, len(data)), (339, 3, 1, kind)]
+    if channels == 3:
+        tags[2], tags[-1] = (258, 3, 3, 180), (339, 3, 3, 186)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    file = tmp_path / "a.tiff"
+    file.write_bytes(head.ljust(180, b"\0") + struct.pack("<6H", 16, 16, 16, kind, kind, kind).ljust(20, b"\0") + data)
+    if kind == 1:
+        assert np.abs(_read(file) - 100).max() <= 1
+    else:
+        assert "integers of an unknown range from 25700 to 25700" in header_fault(file)
 
 
 def test_postscript_is_not_run(tmp_path):

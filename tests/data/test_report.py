@@ -41,6 +41,8 @@ def test_imbalance_and_lacking_classes_are_named():
     assert "Imbalance" not in report.text()  # 10 : 1 is not above it
     report.splits["val"] = SplitReport(1, {"yak": 1})
     assert "Training has no images of 'yak', but val has" in report.text()
+    report.splits["train"] = SplitReport(20, {"cat": 10, "yak": 0})
+    assert "Training has no images of 'yak': nothing is learned of it" in report.text()
 
 
 def test_many_classes_are_shortened():

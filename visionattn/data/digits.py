@@ -1,4 +1,6 @@
 """scikit-learn's handwritten digits: 1,797 real scans of 8 x 8 pixels that come with the package."""
+from collections import Counter
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -8,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from .loading import LoadedData
+from .report import DataReport, SplitReport
 
 __all__ = ["DigitsData"]
 
@@ -56,6 +59,11 @@ class DigitsData(LoadedData):
         # Stratified, and seeded by a constant: the same split for everyone.
         rest, self.test = train_test_split(range(len(images)), test_size=300, random_state=0, stratify=scans.target)
         self.train, self.val = train_test_split(rest, test_size=300, random_state=0, stratify=scans.target[rest])
+        self.report = DataReport("images")
+        for split in ("train", "val", "test"):
+            labels = Counter(scans.target[getattr(self, split)].tolist())
+            counts = {name: labels[label] for label, name in enumerate(self.class_names)}
+            self.report.splits[split] = SplitReport(labels.total(), counts)
 
     def train_dataloader(self) -> DataLoader:
         """Augmented training images, shuffled."""

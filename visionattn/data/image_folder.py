@@ -308,7 +308,7 @@ def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str,
         if classes and all((root / name).is_dir() for name in classes):
             return root, {"train": root}
         folders = visible_folders(root)
-        named = {split: folder for split, folder in split_folders(root).items()}
+        named = _with_like_splits(root, split_folders(root))
         others = [folder.name for folder in folders if folder not in named.values() and _has_images(folder)]
         if "train" in named and visible_folders(named["train"]):
             break
@@ -343,6 +343,24 @@ def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str,
     return root, named
 
 
+def _with_like_splits(root: Path, named: dict[str, Path]) -> dict[str, Path]:
+    """Adds folders such as ``train_small`` that speak of a split and hold the classes that another holds."""
+    holds = {folder: {_folded(entry.name) for entry in _filled_folders(folder)} for folder in visible_folders(root)}
+    others = [folder for folder in holds
+              if folder not in named.values() and split_of(folder.name) not in (None, *named)]
+    found = dict(named)
+    for folder in others:
+        split = split_of(folder.name)
+        others_hold = set().union(*(holds[other] for other in [*named.values(), *others] if other != folder))
+        if split is not None and len(holds[folder] & others_hold) > 1:
+            if split in found:
+                raise ValueError(f"{root} has two folders for the split {split}: {found[split].name} and "
+                                 f"{folder.name}; put their files together, or move one of them away")
+            found[split] = folder
+            rank_zero_info(f"{folder} is taken as the {split} split.")
+    return found
+
+
 def _class_folders(folder: Path, classes: list[str] | None) -> dict[str, Path]:
     """The class folders of a split by name.
 
@@ -368,6 +386,12 @@ def _class_folders(folder: Path, classes: list[str] | None) -> dict[str, Path]:
         inner = [entry.name for entry in _filled_folders(found[deep[0]])]
         raise ValueError(f"the classes of {folder} are at two depths: {flat[0]} holds images, {deep[0]} only folders "
                          f"({_shorten(inner)}): put all classes at one depth{_or_classes(deep[0])}")
+    names = {tuple(_folded(entry.name) for entry in _filled_folders(found[name])) for name in deep}
+    if len(deep) > 1 and len(deep) == len(found) and len(names) == 1:
+        inner = [entry.name for entry in _filled_folders(found[deep[0]])]
+        raise ValueError(f"all folders of {folder} hold the same folders ({_shorten(inner)}): if those are the "
+                         f"classes, put the images of each together, or call {_shorten(deep)} train and val; if "
+                         f"{_shorten(deep)} are, list them by data.init_args.classes")
     if deep:
         inner = [entry.name for entry in _filled_folders(found[deep[0]])]
         rank_zero_info(f"{folder / deep[0]} holds the folders {_shorten(inner)}: all their images are of the class "

@@ -15,8 +15,9 @@ IMAGES = {"images", "image", "imgs", "img", "photos", "pictures", "jpegimages", 
           "originals"}
 MASKS = {"masks", "mask", "labels", "label", "annotations", "annotation", "annot", "ann", "gt", "groundtruth", "seg",
          "segs", "segmentation", "segmentations", "segmentationclass", "segmentationclasspng", "targets", "target"}
-_MASK = "masks?|seg(?:s|mentations?)?|labels?|labelids|gt|ground_?truth|annot(?:ation)?s?|ann|targets?|matte|l|p"
-_IMAGE = "images?|imgs?|photo|pic|rgb|sat|input|color"
+_MASK = ("(?:gtfine_|gtcoarse_)?label(?:train)?ids|masks?|seg(?:s|mentations?)?|labels?|gt|ground_?truth|"
+         "annot(?:ation)?s?|ann|targets?|matte|l|p")
+_IMAGE = "leftimg8bit|images?|imgs?|photo|pic|rgb|sat|input|color"
 
 
 class Pair(NamedTuple):

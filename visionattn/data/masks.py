@@ -12,8 +12,8 @@ from PIL import Image
 from .dense_transforms import IGNORE
 from .pixels import AS_SEEN, Decoding, reason_of, tag_of, turned
 
-__all__ = ["CITYSCAPES", "VOC", "Mask", "MaskTable", "UnusableMask", "color_table", "count_codes", "describe",
-           "known_colors", "list_of", "meant", "read_mask", "values_table", "voc_colors"]
+__all__ = ["CITYSCAPES", "VOC", "Mask", "MaskTable", "UnusableMask", "blurred", "color_table", "count_codes",
+           "describe", "known_colors", "list_of", "meant", "read_mask", "values_table", "voc_colors"]
 
 CITYSCAPES = {  # class: value in *_labelIds.png; the other values, up to 33, are ignored
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
@@ -279,12 +279,20 @@ def known_colors(counts: Counter[int]) -> str:
     return ""
 
 
-def meant(counts: Counter[int], colored: bool) -> list[int]:
-    """The codes of a lossy mask that are probably meant: the frequent ones that lie apart."""
+def blurred(counts: Counter[int]) -> bool:
+    """Whether values look like edges that were smoothed: many of them, but the frequent ones are few and far apart."""
+    total = sum(counts.values())
+    frequent = sorted(code for code, count in counts.items() if count > 0.02 * total)
+    most = sum(counts[code] for code in frequent) > 0.7 * total
+    return len(counts) > 32 and len(frequent) > 1 and most and frequent == meant(counts, False, 0.02)
+
+
+def meant(counts: Counter[int], colored: bool, least: float = 0.005) -> list[int]:
+    """The codes of a lossy mask that are probably meant: those with a share of ``least`` or more that lie apart."""
     total, chosen = sum(counts.values()), list[int]()
     for code, count in counts.most_common(256):
         near = _channels(np.array([*chosen, code]), colored)
-        if count > 0.005 * total and (not chosen or np.abs(near[:-1] - near[-1]).max(axis=-1).min() >= NEAR):
+        if count > least * total and (not chosen or np.abs(near[:-1] - near[-1]).max(axis=-1).min() >= NEAR):
             chosen.append(code)
     return sorted(chosen)
 

@@ -12,7 +12,7 @@ __all__ = ["AS_SEEN", "ENDINGS", "Decoding", "Look", "orientation_of", "reason_o
 # camera's raw file Pillow would read the tiny preview.
 UNREAD = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".rw2", ".orf")
 ENDINGS = (  # of files that are taken for images
-    *IMG_EXTENSIONS, ".jpe", ".jfif", ".gif", ".apng", ".jp2", ".avif", ".dib", ".pbm", ".pnm", ".psd", *UNREAD)
+    *IMG_EXTENSIONS, ".jpe", ".jfif", ".gif", ".apng", ".jp2", ".avif", ".dib", ".pbm", ".pnm", ".psd", ".tga", *UNREAD)
 
 MAX_PIXELS = 178_956_970  # where Pillow stops by itself
 TURNS = {
@@ -45,7 +45,7 @@ class Decoding(NamedTuple):
 
     Attributes:
         value_range: What becomes black and white in images of more than 8 bits: ``type``: 0 and the largest value of
-            16 bits, 0 and 1 of floating-point numbers (other values, and integers of 32 bits, are refused); ``file``:
+            16 bits, 0 and 1 of floating-point numbers (other values, and other integers, are refused); ``file``:
             the least and the largest value of each file; or two numbers, such as ``[0, 4095]`` of 12 bits.
         max_pixels: Largest image that is decoded.
     """
@@ -98,6 +98,8 @@ class Decoding(NamedTuple):
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, self.max_pixels)
         if file.suffix.lower() in UNREAD and file.suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"{file.suffix[1:].upper()} files cannot be decoded: convert it to JPEG or PNG")
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         image = Image.open(file)
         width, height = image.size
         if width * height > self.max_pixels:
@@ -134,7 +136,7 @@ class Decoding(NamedTuple):
         elif image.mode == "F" and least >= 0 and most <= 1:
             low, high = 0, 1
         else:
-            kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+            kind = "floating-point numbers" if image.mode == "F" else "integers of an unknown range"
             raise ValueError(f"its values are {kind} from {least:g} to {most:g}: {advice}")
         scaled = (values.astype(np.float64 if image.mode == "I" else np.float32) - low) * (255 / (high - low))
         return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))

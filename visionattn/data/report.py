@@ -53,7 +53,8 @@ class DataReport:
             kinds = Counter((why, became) for _, why, became in part.left_out)
             why = "; ".join(f"{count} {became}: {kind}" for (kind, became), count in kinds.most_common(5))
             why += f"; and {part.more} more" if part.more else ""
-            rows.append([split, str(part.images), *[str(sum(part.counts.values()))] * counted, why or "-"])
+            total = str(sum(part.counts.values())) if part.counts else "-"
+            rows.append([split, str(part.images), *[total] * counted, why or "-"])
         lines = _aligned(rows)
         classes = list(dict.fromkeys(name for split in names for name in self.splits[split].counts))
         frequent = sorted(classes, key=lambda name: -sum(self.splits[split].counts.get(name, 0) for split in names))
@@ -71,12 +72,15 @@ class DataReport:
         train = self.splits["train"].counts if "train" in self.splits else {}
         for split in ("val", "test"):
             others = self.splits[split].counts if split in self.splits else {}
-            lacking = [name for name, count in others.items() if count and train and not train.get(name)]
+            lacking = [name for name, count in others.items() if count and train and name not in train]
             if lacking:
                 lines.append(f"Training has no {self.unit} of {_named(lacking)}, but {split} has.")
             absent = [name for name, count in others.items() if not count and train.get(name)]
             if absent:
                 lines.append(f"{split} has no {self.unit} of {_named(absent)}: nothing is measured for it.")
+        absent = [name for name, count in train.items() if not count]
+        if absent:
+            lines.append(f"Training has no {self.unit} of {_named(absent)}: nothing is learned of it.")
         if "train" in self.splits and self.splits["train"].images < FEW:
             lines.append(f"{self.splits['train'].images} training images are few: start from trained weights (the "
                          "model's pretrained or checkpoint_path) and expect results that vary.")

@@ -23,6 +23,7 @@ from .masks import (
     VOC,
     MaskTable,
     UnusableMask,
+    blurred,
     color_table,
     count_codes,
     describe,
@@ -249,6 +250,11 @@ class SegmentationFolderData(LoadedData):
             raise ValueError(f"the training masks of {self.root} have the class 0 alone; classes are the values 0, 1, "
                              f"2, ..., and {IGNORE} is ignored; {found}{option * (len(counts) > 1)}")
         present = sorted(counts)
+        if blurred(counts):
+            probable = list_of(meant(counts, False, 0.02), False)
+            raise ValueError(f"the training masks of {self.root} have edges that were smoothed; {found}; set "
+                             f"data.init_args.mask_values to {probable} and mask_nearest to true, or give class_names "
+                             "if each value is a class")
         if largest >= IGNORE or 2 * sum(value != IGNORE for value in present) < largest + 1:
             raise ValueError(f"most of the classes 0 to {largest} of the training masks of {self.root} have no pixel; "
                              f"{found}; set data.init_args.mask_values to {list_of(present, False)} if each value is a "
@@ -420,6 +426,9 @@ class SegmentationFolderData(LoadedData):
             codes.update(look.codes)
         option = "mask_colors to a table of them, or mask_nearest to true" if colored else (
             f"mask_values to what they mean, such as {list_of(sorted(codes), False)}, or name all classes")
+        if not colored and len(codes) > 32:
+            probable = list_of(meant(codes, False, 0.02), False)
+            option = f"mask_values to those meant, probably {probable}, and mask_nearest to true"
         unknown = "colours" if colored else "labels"
         text = f"{split} masks with unknown {unknown} have {describe(codes, colored)}: set {option}"
         if faults.skip:
