@@ -61,6 +61,19 @@ def test_there_is_a_command_for_each_format():
     assert [command[:3] for command in COMMANDS] == [["visionattn", "fit", "--config"]] * 4
 
 
+@pytest.mark.parametrize("format_", MADE)
+def test_check(tmp_path, monkeypatch, format_):
+    """The first command of the page, about each of the formats."""
+    text = (ROOT / "docs" / "your-data.md").read_text()
+    command = shlex.split(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)[0])
+    assert command[:2] == ["visionattn", "check-data"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    MADE[format_](tmp_path / "photos")
+    assert main(command[1:]) == 0
+    assert (tmp_path / "data_check" / "sheet.png").is_file()
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[3:]))
 def test_commands(tmp_path, monkeypatch, command):
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -21,6 +21,7 @@ _COMMANDS = {
     "validate": _Command("visionattn.tasks.run", "measure a model on the validation images", named=True),
     "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),
     "predict": _Command("visionattn.tasks.run", "write predictions: CSV, COCO JSON, label maps, pictures", named=True),
+    "check-data": _Command("visionattn.data.check", "check a folder of data without training: table, faults, pictures"),
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
     "bench": _Command("visionattn.bench", "time the ops beside their peers; simulate what windows cost", named=True),
     "backends": _Command("visionattn.bench", "show which implementation of each op runs here, and why not", named=True),
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = "\n".join(f"  {name:<10}{command.help}" for name, command in _COMMANDS.items())
+    lines = "\n".join(f"  {name:<12}{command.help}" for name, command in _COMMANDS.items())
     return (f"usage: visionattn COMMAND [OPTIONS]\n\nSparse-attention vision backbones: train, test, export.\n\n"
             f"commands:\n{lines}\n\noptions:\n  --help    of a command too: visionattn fit --help\n  --version\n\n"
             "An error is one line; VISIONATTN_TRACEBACK=1 in the environment shows where it came from.")

@@ -138,6 +138,7 @@ class DetectionData(LoadedData):
         self.class_names: list[str] = []
         self.category_ids: list[int] = []
         self.records: dict[str, Records] = {}
+        self.outlined = Counter[bool]()  # objects that were read, by whether they have polygons or a mask
         self.report = DataReport("objects")
 
     @abstractmethod
@@ -220,11 +221,11 @@ class DetectionData(LoadedData):
 
     def _keep(self, split: str, records: list["Record"], faults: Faults) -> None:
         counts = Counter(thing.label for record in records for thing in record.objects if not thing.crowd)
-        if split == "train" and not counts:
-            raise ValueError(f"{faults.source} has no object to train on")
         self.report.splits[split] = SplitReport(
             len(records), {name: counts[label] for label, name in enumerate(self.class_names, start=1)},
             faults.listed, faults.more)
+        if split == "train" and not counts:
+            raise ValueError(f"{faults.source} has no object to train on")
         self.records[split] = Records(records)
 
     def _read(self, split: str) -> tuple[list["Record"], Faults]:
@@ -241,6 +242,7 @@ class DetectionData(LoadedData):
                            f"{faults.first[EDGELESS, 'left out']}")
         faults.report()
         if not records:
+            self.report.splits[split] = SplitReport(0, {}, faults.listed, faults.more)
             raise ValueError(f"{faults.source} lists no image that can be used")
         return records, faults
 
@@ -274,6 +276,7 @@ class DetectionData(LoadedData):
         """The object if it can be used, cut to its image; says why not, and what is mended."""
         width, height = size = image.size or (0, 0)
         where = f"image {image.name} of {width} x {height} pixels"
+        self.outlined[bool(thing.segmentation)] += 1
         segmentation, box = None, thing.box
         if self.masks or box is None:
             scale = (width, height) if thing.shares else (1, 1)
