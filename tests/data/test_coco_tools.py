@@ -426,3 +426,24 @@ def test_records_are_one_block_of_memory(tmp_path, content):
     assert records[-1] == records[2]
     with pytest.raises(IndexError):
         records[3]
+
+
+def test_evaluation_needs_no_training_file(tmp_path, content):
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    for annotations in (content["annotations"], content["annotations"][:1]):
+        (tmp_path / "val.json").write_text(json.dumps(content | {"annotations": annotations}))
+        data = CocoData(str(tmp_path), train_annotations="lost.json", val_annotations="val.json", num_workers=0)
+        for stage in ("validate", "test", "predict"):
+            data.setup(stage)
+        assert len(data.records["val"]) == 3
+        with pytest.raises(FileNotFoundError, match=r"annotation file .*lost.json does not exist"):
+            data.setup("fit")
+
+
+def test_test_images_without_annotations_are_not_tested(tmp_path, content):
+    """As in COCO's image_info_test2017.json."""
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    (tmp_path / "image_info_test2017.json").write_text(json.dumps({"images": [], "categories": []}))
+    data = CocoData(str(tmp_path), num_workers=0)
+    data.setup("test")
+    assert data.records["test"] is data.records["val"]

@@ -32,7 +32,8 @@ class CocoData(DetectionData):
     evaluation has them. A box without width or height is left out, with a count; one that reaches out of its image by
     up to a pixel is cut to it. Two entries for one image file are joined.
 
-    Files and folders that are not named are looked for below ``root``, in any usual spelling of train, valid and test:
+    Where no JSON file is named, they are looked for below ``root``, and likewise folders of images that are not named,
+    in any usual spelling of train, valid and test:
     ``train.json`` and ``train/``, ``annotations/instances_val2017.json`` and ``val2017/``,
     ``valid/_annotations.coco.json`` with the images beside it. Where there is no validation file, a fifth of the
     training images validate; where there is no test file, testing uses the validation images; both are said.
@@ -107,38 +108,28 @@ class CocoData(DetectionData):
         super().__init__(
             root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
             on_error, verify, orientation, value_range, max_pixels)
-        if test_annotations is not None:
-            test_images = test_images or val_images
-        named: dict[str, tuple[str | None, str | None]] = {
-            "train": (train_images, train_annotations), "val": (val_images, val_annotations),
-            "test": (test_images, test_annotations)}
-        files = {split: self.root / file for split, (_, file) in named.items() if file is not None}
-        if len(files) < len(named):
-            files = _find_files(self.root, set(named) - set(files), set(files.values())) | files
-        if not files:
+        self._folders = {"train": train_images, "val": val_images, "test": test_images or val_images}
+        named = {"train": train_annotations, "val": val_annotations, "test": test_annotations}
+        self._json = {split: self.root / file for split, file in named.items() if file is not None}
+        if not self._json:
+            self._json = _find_files(self.root)
+            found = [f"{split}: {file.relative_to(self.root)}" for split, file in self._json.items()]
+            rank_zero_info(f"Found in {self.root}: {', '.join(found) or 'no annotations'}.")
+        if not self._json:
             raise FileNotFoundError(
                 f"{self.root} holds no annotations in COCO's format; data.init_args.root must be a folder with "
                 "train.json and train/*.jpg, or say where they are by train_annotations and train_images")
-        self._json: dict[str, Path] = files
+        self._first = next(split for split in ("val", "train", "test") if split in self._json)
         self._contents: dict[str, dict[str, Any]] = {}
         self._categories: dict[str, dict[int, str]] = {}
-        self._first = next(split for split in ("val", "train", "test") if split in files)
         self._content(self._first)
-        self.files: dict[str, tuple[Path, Path]] = {}  # of each split: folder of images, annotations
-        for split, file in files.items():
-            folder = named[split][0]
-            self.files[split] = self._image_folder(split) if folder is None else self.root / folder, file
-        found = [f"{split} {file} with the images of {folder}" for split, (folder, file) in self.files.items()
-                 if named[split][1] is None]
-        if found:
-            rank_zero_info(f"Found in {self.root}: {'; '.join(found)}.")
         self._choose_classes()
 
     def _has(self, split: str) -> bool:
-        return split in self.files
+        return split in self._json
 
     def _source(self, split: str) -> Path:
-        return self.files[split][1]
+        return self._json[split]
 
     def _content(self, split: str) -> dict[str, Any]:
         """The content of a split's file, which is kept until its records are made."""
@@ -158,6 +149,7 @@ class CocoData(DetectionData):
                 self._content(split)
                 self._check_names(split)
                 used |= self._used(split)
+                del self._contents[split]
         unused = [name for name in dict.fromkeys(names.values()) if name not in used]
         if unused and used:
             rank_zero_info(f"{file}: left out of the classes, as they have no object in any split: "
@@ -200,7 +192,8 @@ class CocoData(DetectionData):
         return self.root
 
     def _listed(self, split: str, faults: Faults) -> list[Listed]:
-        folder = self.files[split][0]
+        named = self._folders[split]
+        folder = self._image_folder(split) if named is None else self.root / named
         if not folder.is_dir():
             raise FileNotFoundError(f"image folder {folder} does not exist ({split}_images of the data)")
         content = self._content(split)
@@ -241,20 +234,19 @@ class CocoData(DetectionData):
         return list(images.values())
 
 
-def _find_files(root: Path, splits: set[str], named: set[Path]) -> dict[str, Path]:
-    """The annotation files below ``root`` for these splits; a single one that speaks of no split is for training."""
+def _find_files(root: Path) -> dict[str, Path]:
+    """The annotation files below ``root`` by split; a single one that speaks of no split is for training."""
     if not root.is_dir():
         return {}
-    files = [file for file in walk(root, [".json"]) if file not in named]
     found: dict[str, list[Path]] = {}
-    for file in files:
+    for file in walk(root, [".json"]):
         places = [file.stem, *(part.name for part in file.parents if root in part.parents)]
         split = next((split for place in places if (split := split_of(place))), None)
         found.setdefault(split or "", []).append(file)
-    if not named and "train" not in found and "" in found:
+    if "train" not in found and "" in found:
         found["train"] = found[""]
     chosen = {}
-    for split in sorted(splits & set(found)):
+    for split in sorted({"train", "val", "test"} & set(found)):
         likely = found[split]
         for word in ("instances", "coco", "annotations"):
             if len(likely) > 1:
@@ -266,7 +258,8 @@ def _find_files(root: Path, splits: set[str], named: set[Path]) -> dict[str, Pat
             raise ValueError(f"{root} has several files that could be the annotations of {split}: "
                              f"{', '.join(str(file.relative_to(root)) for file in likely[:5])}; name one by "
                              f"{split}_annotations")
-        chosen[split] = likely[0]
+        if split != "test" or _is_coco(likely[0]):  # test images may be listed without annotations
+            chosen[split] = likely[0]
     return chosen
 
 
