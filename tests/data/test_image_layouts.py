@@ -325,3 +325,15 @@ def test_run_says_what_it_reads_and_lists_what_it_left_out(tmp_path, said):
     (inbox / "b.jpg").write_bytes(b"text")
     assert main(["predict", *common, "--data.init_args.predict_root", str(inbox)]) == 0
     assert "b.jpg" in (run / "left_out_predict.csv").read_text()
+
+
+@pytest.mark.parametrize(("option", "value"), [("num_classes", "7"), ("class_names", "[a, b, c]")])
+def test_classes_of_a_configuration_that_are_not_those_of_the_data(tmp_path, capsys, option, value):
+    write_classes(tmp_path / "photos", classes=("cat", "dog"))
+    common = ["fit", "--model", "ClassificationTask", "--model.init_args.backbone", "test_dinat", "--data",
+              "ImageFolderData", "--data.init_args.root", str(tmp_path / "photos"), "--trainer.fast_dev_run", "true",
+              "--data.init_args.image_size", "32", "--data.init_args.num_workers", "0", "--trainer.accelerator", "cpu",
+              "--trainer.default_root_dir", str(tmp_path / "run"), f"--model.init_args.{option}"]
+    assert main([*common, value]) == 1
+    assert f"model.init_args.{option} of the configuration is" in capsys.readouterr().err
+    assert main([*common, "2" if option == "num_classes" else "[cat, dog]"]) == 0

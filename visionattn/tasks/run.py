@@ -6,6 +6,7 @@ find the checkpoints there and add what they measured.
 """
 import argparse
 import csv
+import inspect
 import logging
 import re
 import time
@@ -70,6 +71,7 @@ class _RunCLI(LightningCLI):
         run = Path(config.trainer.default_root_dir)
         self._ckpt_path = _find_checkpoint(str(self.subcommand), config.ckpt_path, run, config.model.init_args)
         config.ckpt_path = None  # config.yaml describes the run, not how it was resumed
+        self._classes = {name: config.model.init_args.get(name) for name in ("num_classes", "class_names")}
         self._config_to_save = self.config.clone()
         if self._ckpt_path:
             # The weights come from the checkpoint: nothing to download or read before.
@@ -92,6 +94,12 @@ class _RunCLI(LightningCLI):
             raise error.__cause__ or error from None
 
     def after_instantiate_classes(self) -> None:
+        known = inspect.signature(type(self.model)).parameters
+        for name, given in self._classes.items():
+            found = getattr(self.datamodule, name, given)
+            if given != found and name in known and given != known[name].default:
+                raise ValueError(f"model.init_args.{name} of the configuration is {given}, but that of the data is "
+                                 f"{found}: leave it out, it is taken from the data")
         if self._ckpt_path:
             _check_checkpoint(self._ckpt_path, self.model)
 
