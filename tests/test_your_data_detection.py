@@ -130,7 +130,6 @@ EXPORTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*training images too")  # the splits are of the same images
 @pytest.mark.parametrize("export", EXPORTS)
 def test_exports_of_tools(tmp_path, export):
     kind, make = EXPORTS[export]

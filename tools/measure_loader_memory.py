@@ -1,10 +1,10 @@
 """Measures the memory that each loader process of a large COCO file has for itself.
 
-    python tools/measure_loader_memory.py --images 118000 --workers 2
+    python tools/measure_loader_memory.py --images 118000 --workers 2 --batches 2000
 
 makes a COCO file of so many small images with objects and polygons as COCO 2017 has them (7 objects of 10 points an
-image), reads it with ``CocoData``, draws an epoch and prints what each process holds alone (its private pages) and its
-share of all (PSS), in MiB, after its first batch and at the end. Linux only; the files go into a temporary folder.
+image), reads it with ``CocoData``, draws batches of 16 and prints what each process holds alone (its private pages) and
+its share of all (PSS), in MiB, after its first batch and at the end. Linux only; the files go into a temporary folder.
 """
 import argparse
 import json
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=7, help="in each image")
     parser.add_argument("--points", type=int, default=10, help="of each polygon")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batches", type=int, default=2000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,13 +80,12 @@ def main() -> None:
         workers = [int(child) for child in children
                    if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
         first = [memory(worker) for worker in workers]
-        last = first
-        for count, _ in enumerate(batches, start=1):
-            if count % 200 == 0:
-                last = [memory(worker) for worker in workers]
+        for _ in range(args.batches):
+            next(batches)
+        last = [memory(worker) for worker in workers]
         for number, ((private, pss), (end, pss_end)) in enumerate(zip(first, last, strict=True), start=1):
-            print(f"worker {number}: private {private:.0f} MiB after the first batch, {end:.0f} MiB at the end of the "
-                  f"epoch; PSS {pss:.0f} and {pss_end:.0f} MiB")
+            print(f"worker {number}: private {private:.0f} MiB after the first batch, {end:.0f} MiB after "
+                  f"{args.batches}; PSS {pss:.0f} and {pss_end:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,6 @@ def said(capsys):
     return run
 
 
-@pytest.mark.filterwarnings("ignore:.*training images too")
 @pytest.mark.parametrize("kind", KINDS)
 def test_good_data(tmp_path, said, kind):
     KINDS[kind](tmp_path / "photos")

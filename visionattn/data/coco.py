@@ -342,8 +342,8 @@ def _images(
             faults.add(f"image {image.get('id') if image.get('id') is not None else f'number {place + 1}'}",
                        "an image needs an integer id and a file_name")
             continue
-        sides = tuple(None if side is None else _whole(side) for side in shape)
-        if set(shape) - {None, 0} and not all(side and side > 0 for side in sides):  # none at all: the file has them
+        sides = tuple(0 if side is None else _whole(side) for side in shape)  # none at all: the file has them
+        if any(side != 0 for side in sides) and not all(side and side > 0 for side in sides):
             faults.add(f"image {key}", "an image needs a width and a height", f"got {shape[0]} and {shape[1]}")
             continue
         if key in images or key in joined:

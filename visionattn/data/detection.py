@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -302,8 +302,9 @@ class DetectionData(LoadedData):
         if edges is None:
             return None
         area = number(thing.area)
-        return Object(thing.label, edges, None if area is None or area < 0 else area, thing.crowd,
-                      segmentation if self.masks else None)
+        if area is not None and not 0 <= area <= width * height:
+            area = None
+        return Object(thing.label, edges, area, thing.crowd, segmentation if self.masks else None)
 
     def _warn_of_shared(self, split: str) -> None:
         if split not in self.report.splits or not self._has(split):
@@ -311,8 +312,8 @@ class DetectionData(LoadedData):
         found = shared_files(*(
             [Path(record.file) for record in self.records[name]] for name in (split, "train")))
         if found:
-            rank_zero_warn(f"{len(found)} of the {len(self.records[split])} {split} images are training images too, "
-                           f"such as {found[0]}: what is measured on them says little.")
+            rank_zero_info(f"Warning: {len(found)} of the {len(self.records[split])} {split} images are training "
+                           f"images too, such as {found[0]}: what is measured on them says little.")
 
 
 class Object(NamedTuple):
