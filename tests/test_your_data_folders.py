@@ -10,6 +10,7 @@ from PIL import Image
 from tests.data.images import write_classes, write_image
 from visionattn.cli import main
 from visionattn.data import ImageFolderData, SegmentationFolderData
+from visionattn.data.guess import guess_data
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "your-data.md").read_text()
@@ -109,6 +110,8 @@ def test_what_tools_write(tmp_path, tool):
         for folder in ("SegmentationClass", "SegmentationObject"):
             _pairs(tmp_path / "JPEGImages", tmp_path / folder, of=lambda label: colors[label])
         (tmp_path / "labelmap.txt").write_text(LABELMAP)
+        (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+        (tmp_path / "ImageSets" / "Segmentation" / "default.txt").write_text("0\n1\n2\n")
         options, names = {"mask_colors": str(tmp_path / "labelmap.txt")}, ["background", "road"]
     elif tool == "Roboflow":
         for split in ("train", "valid"):
@@ -125,7 +128,9 @@ def test_what_tools_write(tmp_path, tool):
         _pairs(tmp_path / "ds" / "img", tmp_path / "ds" / "masks_machine", "{}.jpg.png", lambda label: label * 200)
         (tmp_path / "ds" / "ann").mkdir()
         (tmp_path / "ds" / "ann" / "0.jpg.json").write_text("{}")
-        options, names = {"mask_folder": "masks_machine", "mask_values": [0, 200]}, ["class_0", "class_1"]
+        options, names = {"mask_values": [0, 200]}, ["class_0", "class_1"]
     data = SegmentationFolderData(str(tmp_path / "ds" if tool == "Supervisely" else tmp_path), **options)
     data.setup("fit")
     assert data.class_names == names
+    kind = guess_data(data.root)
+    assert (kind.module, kind.arguments.get("layout", "plain")) == ("SegmentationFolderData", "plain")

@@ -265,6 +265,23 @@ def test_grey_masks_in_other_forms(tmp_path, mode, ending):
     _check(tmp_path)
 
 
+def test_palettes_that_differ_are_said(tmp_path, said):
+    flips = iter([False, True] * 4)
+
+    def of(label):
+        flip = next(flips)
+        image = Image.fromarray(1 - label if flip else label)
+        image.putpalette([*ROAD, 0, 0, 0] if flip else [0, 0, 0, *ROAD])
+        return image
+
+    _write(tmp_path, of)
+    _make(tmp_path)
+    assert "palettes of masks differ: the value 0 has the colour (0, 0, 0) in" in said.text
+    said.clear()
+    _check(tmp_path, mask_colors={"ground": [0, 0, 0], "road": list(ROAD)})
+    assert "palettes" not in said.text
+
+
 @pytest.mark.parametrize(("table", "message"), [
     ("nowhere.csv", "there is no file nowhere.csv"), ({"a": [0, 0]}, "the colour of 'a'"), ({"a": [0, 0, 256]}, "'a'"),
     ({"a": [1, 2, 3], "b": [1, 2, 3]}, "'a' and 'b' have the same colour"), ({"void": [0, 0, 0]}, "names no class"),
@@ -330,9 +347,9 @@ def test_folders_of_other_files_are_no_masks(tmp_path):
     (tmp_path / "ann").mkdir()
     (tmp_path / "ann" / "0.jpg.json").write_text("{}")
     assert len(_make(tmp_path).pairs["train"]) == 3
-    (tmp_path / "masks").rename(tmp_path / "masks_machine")
+    (tmp_path / "masks").rename(tmp_path / "painted")
     (tmp_path / "images").rename(tmp_path / "img")
-    assert len(_make(tmp_path, mask_folder="masks_machine").pairs["train"]) == 3
+    assert len(_make(tmp_path, mask_folder="painted").pairs["train"]) == 3
 
 
 @pytest.mark.parametrize("suffix", [

@@ -113,7 +113,7 @@ def _masks(root: Path, images: list[Path]) -> DataKind | None:
     layouts = {"cityscapes": ("leftimg8bit", "gtfine"), "voc": ("jpegimages", "segmentationclass")}
     for layout, folders in layouts.items():
         if all(any(folder in names for names in parts) for folder in folders) and (
-                layout == "cityscapes" or (root / "ImageSets" / "Segmentation").is_dir()):
+                layout == "cityscapes" or (root / "ImageSets" / "Segmentation" / "train.txt").is_file()):
             return DataKind("segmentation", "SegmentationFolderData", {"root": str(root), "layout": layout},
                             f"it has the folders {' and '.join(folders)}")
     plain = {"root": str(root)}

@@ -14,7 +14,8 @@ __all__ = ["Names", "Pair", "find_folders", "match"]
 IMAGES = {"images", "image", "imgs", "img", "photos", "pictures", "jpegimages", "input", "inputs", "rgb", "original",
           "originals"}
 MASKS = {"masks", "mask", "labels", "label", "annotations", "annotation", "annot", "ann", "gt", "groundtruth", "seg",
-         "segs", "segmentation", "segmentations", "segmentationclass", "segmentationclasspng", "targets", "target"}
+         "segs", "segmentation", "segmentations", "segmentationclass", "segmentationclasspng", "targets", "target",
+         "masks_machine"}
 _MASK = ("(?:gtfine_|gtcoarse_)?label(?:train)?ids|masks?|seg(?:s|mentations?)?|labels?|gt|ground_?truth|"
          "annot(?:ation)?s?|ann|targets?|matte|l|p")
 _IMAGE = "leftimg8bit|images?|imgs?|photo|pic|rgb|sat|input|color"
@@ -183,7 +184,8 @@ def _stripped(words: str) -> _Key:
 
 def _by_kind(root: Path, kinds: set[str]) -> Path | None:
     """The one folder in ``root`` that is called so; of several the one that holds images."""
-    found = [folder for folder in visible_folders(root) if re.sub(r"[ _.-]", "", folder.name.lower()) in kinds]
+    found = [folder for folder in visible_folders(root)
+             if kinds & {folder.name.lower(), re.sub(r"[ _.-]", "", folder.name.lower())}]
     if len(found) > 1:
         found = [folder for folder in found if any(map(is_image, visible_files(folder)))]
     return found[0] if len(found) == 1 else None

@@ -58,11 +58,13 @@ class Mask(NamedTuple):
         codes: ``[H, W]``: values, or colours as ``red << 16 | green << 8 | blue``.
         colored: They are colours.
         lossy: The file does not keep them exactly.
+        palette: Red, green and blue of each value, ``[N, 3]``, if the file has a palette.
     """
 
     codes: np.ndarray
     colored: bool
     lossy: bool
+    palette: np.ndarray | None = None
 
 
 class MaskTable(NamedTuple):
@@ -106,14 +108,14 @@ class MaskTable(NamedTuple):
             labels = table[mask.codes]
             self._complain(np.unique(mask.codes[labels < 0]))
             return labels.astype(np.uint8)
+        if not nearest:
+            places = np.searchsorted(self.codes, mask.codes).clip(0, len(self.codes) - 1)
+            self._complain(np.unique(mask.codes[self.codes[places] != mask.codes]))
+            return self.labels[places]
         codes, where = np.unique(mask.codes, return_inverse=True)
-        if nearest:
-            known = _channels(self.codes, self.colored)
-            parts = np.array_split(_channels(codes, self.colored), len(codes) // 4096 + 1)
-            places = np.concatenate([((part[:, None] - known) ** 2).sum(-1).argmin(1) for part in parts])
-        else:
-            places = np.searchsorted(self.codes, codes).clip(0, len(self.codes) - 1)
-            self._complain(codes[self.codes[places] != codes])
+        known = _channels(self.codes, self.colored)
+        parts = np.array_split(_channels(codes, self.colored), len(codes) // 4096 + 1)
+        places = np.concatenate([((part[:, None] - known) ** 2).sum(-1).argmin(1) for part in parts])
         return self.labels[places][where.reshape(mask.codes.shape)]
 
     def _complain(self, wrong: np.ndarray) -> None:
@@ -154,6 +156,7 @@ def read_mask(file: Path, colors: bool = False, decoding: Decoding = AS_SEEN) ->
             if colors:
                 image = image.convert("RGB")
             values = np.array(image)
+            colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3) if image.mode == "P" else None
     except Exception as error:  # whatever a damaged file makes a decoder raise
         raise UnusableMask("the mask cannot be read", reason_of(error)) from error
     if values.ndim == 3:
@@ -166,7 +169,7 @@ def read_mask(file: Path, colors: bool = False, decoding: Decoding = AS_SEEN) ->
         if whole is None or (whole != values).any():
             raise UnusableMask("the mask cannot be read", "its values are fractions, not classes")
         values = whole
-    return Mask(values.astype(np.uint8) if values.dtype == bool else values, False, lossy)
+    return Mask(values.astype(np.uint8) if values.dtype == bool else values, False, lossy, colours)
 
 
 def values_table(values: Sequence[int] | Mapping[int, int] | int, nearest: bool = False) -> MaskTable:

@@ -1,6 +1,7 @@
 """Semantic segmentation: folders of images and label maps, in the layouts of ADE20K, Cityscapes, VOC and one's own."""
 import csv
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -408,6 +409,8 @@ class SegmentationFolderData(LoadedData):
         pairs = [pair for pair in pairs if pair.image in good]
         found = find_faults(self._mask_fault, pairs)
         self._explain_codes(split, pairs, found, faults)
+        if not self.table.colored:
+            _compare_palettes(pairs, self.decoding)
         for pair, look in zip(pairs, found, strict=True):
             if isinstance(look, _Fault):
                 faults.add(str(pair.mask), look.kind, look.detail)
@@ -504,6 +507,34 @@ def _read_labels(
         raise UnusableMask("the mask has another size than its image",
                            f"{labels.shape[1]} x {labels.shape[0]} pixels, the image {size[0]} x {size[1]}")
     return labels
+
+
+def _compare_palettes(pairs: list[Pair], decoding: Decoding) -> None:
+    """Warns if a value has different colours in the palettes of two masks: its colour may be what was meant."""
+    seen: dict[int, tuple[tuple[int, ...], Any]] = {}
+    for pair, colors in zip(pairs, find_faults(partial(_palette_of, decoding=decoding), pairs), strict=True):
+        for value, color in colors.items():
+            other, file = seen.setdefault(value, (color, pair.mask))
+            if other != color:
+                rank_zero_info(f"Warning: the palettes of masks differ: the value {value} has the colour {other} in "
+                               f"{file} and {color} in {pair.mask}. Values are taken as classes; if colours are, set "
+                               "mask_colors.")
+                return
+
+
+def _palette_of(pair: Pair, decoding: Decoding) -> dict[int, tuple[int, ...]]:
+    """Colours of the values in a mask with a palette."""
+    try:
+        with decoding.open(pair.mask) as opened:  # type: ignore[arg-type]
+            if opened.mode != "P":
+                return {}
+        mask = read_mask(pair.mask, decoding=decoding)  # type: ignore[arg-type]
+    except (UnusableMask, OSError, SyntaxError, ValueError):
+        return {}
+    if mask.palette is None:
+        return {}
+    known = [value for value in count_codes(mask.codes) if value < len(mask.palette)]
+    return {value: tuple(mask.palette[value].tolist()) for value in known}
 
 
 def _exported_classes(folder: Path | None) -> tuple[list[str] | None, list[int] | None]:
