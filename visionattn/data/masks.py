@@ -197,7 +197,7 @@ def values_table(values: Sequence[int] | Mapping[int, int] | int, nearest: bool 
                      chosen=not isinstance(values, int), nearest=nearest)
 
 
-def color_table(colors: str | Mapping[str, Sequence[int]], nearest: bool = False) -> tuple[list[str], MaskTable]:
+def color_table(colors: str | Mapping[str, Sequence[int] | str], nearest: bool = False) -> tuple[list[str], MaskTable]:
     """Class names and table of masks in colours.
 
     Args:

@@ -97,7 +97,7 @@ class SegmentationFolderData(LoadedData):
             as ``[0, 255]``, or classes by value, such as ``{0: 0, 255: 1}`` (values that are not named keep theirs; the
             class 255 is ignored). Of a JPEG the nearest is taken.
         mask_colors: What the masks' colours mean: ``cityscapes``, ``voc``, a YAML or CSV file of names and colours, or
-            colours by class name, such as ``{ground: [0, 0, 0], road: [128, 64, 128]}``.
+            colours by class name, such as ``{ground: [0, 0, 0], road: '#804080'}``.
         mask_nearest: Take the nearest of ``mask_values`` or ``mask_colors``, not only of a JPEG.
         image_folder: ``plain``: the folder of the images below ``root``; None looks for it.
         mask_folder: The folder of the masks.
@@ -137,7 +137,7 @@ class SegmentationFolderData(LoadedData):
             on_error: Literal["raise", "skip"] = "raise",
             verify: bool = True,
             mask_values: list[int] | dict[int, int] | None = None,
-            mask_colors: dict[str, list[int]] | str | None = None,
+            mask_colors: dict[str, list[int] | str] | str | None = None,
             mask_nearest: bool = False,
             image_folder: str | None = None,
             mask_folder: str | None = None,
