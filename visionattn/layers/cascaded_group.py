@@ -85,6 +85,11 @@ class CascadedGroupAttention(nn.Module):
         x = x.reshape(-1, rows, columns, size, size, x.shape[-1]).transpose(2, 3)
         return x.reshape(-1, rows * size, columns * size, x.shape[-1])[:, :height, :width].permute(0, 3, 1, 2)
 
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Sets the bias table to zero."""
+        nn.init.zeros_(self.rpb)
+
     @torch.no_grad()
     def resize_window(self, window_size: int) -> None:
         """Changes the size of the windows; the bias table is interpolated and becomes a new parameter."""

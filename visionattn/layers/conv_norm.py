@@ -46,10 +46,16 @@ class ConvNorm(nn.Module):
         self.stride = stride
         self.pointwise = kernel_size == stride == groups == 1
         self.shortcut = shortcut
+        self.gain = gain
         self.conv = nn.Conv2d(
             dim, out_dim, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False, **dd)
         self.bn = nn.BatchNorm2d(out_dim, **dd)
-        nn.init.constant_(self.bn.weight, gain)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Sets the scale of the norm to ``gain``."""
+        nn.init.constant_(self.bn.weight, self.gain)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[batch, out_dim, h, w]``, divided by the stride and rounded up."""

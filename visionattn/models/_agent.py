@@ -1,4 +1,4 @@
-"""What the Agent Attention families share: the frame of four stages, position embeddings, and the authors' names.
+"""What the Agent Attention families share: the frame of four stages, and the authors' names.
 
 Paper: "Agent Attention: On the Integration of Softmax and Linear Attention" (ECCV 2024, arXiv 2312.08874). Official
 code and weights: https://github.com/LeapLabTHU/Agent-Attention (without a licence file).
@@ -8,75 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, register_notrace_module, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..layers.agent import AgentAttention, resize
-from ..layers.scripting import unscripted
-from ..ops.kept import keep
+from ._backbone import Backbone, stage_levels
+from ._blocks import Block, Stage
 from ._builder import cfg
-from .nat import Backbone, Block, Stage
+from ._tables import Grid, PositionEmbedding, resize_positions
 
-__all__ = ["AgentBackbone", "Grid", "PositionEmbedding", "agent_cfg", "our_tables", "set_input_size"]
-
-Grid = tuple[int, int]  # rows and columns
-
-
-@register_notrace_module
-class PositionEmbedding(nn.Module):
-    """A learnt vector for every position of a map, interpolated for maps of other sizes, and for every class token.
-
-    Args:
-        dim: Channels.
-        size: Height and width of the map that the table ``[1, num_prefix_tokens + height * width, dim]`` is for.
-        num_prefix_tokens: Number of class tokens before the map.
-        mode: How to interpolate: ``"bilinear"`` or ``"bicubic"``.
-        device: Device of the table.
-        dtype: Dtype of the table.
-    """
-
-    def __init__(
-            self,
-            dim: int,
-            size: Grid,
-            num_prefix_tokens: int = 0,
-            mode: str = "bilinear",
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        self.size = size
-        self.num_prefix_tokens = num_prefix_tokens
-        self.mode = mode
-        self.table = nn.Parameter(torch.empty(
-            1, num_prefix_tokens + size[0] * size[1], dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        """Draws the table anew."""
-        trunc_normal_(self.table, std=.02)
-
-    @torch.jit.ignore
-    def set_input_size(self, size: Grid) -> None:
-        """Makes the table that of a map of another size."""
-        with torch.no_grad():
-            table = resize_positions(self.table, self.size, size, self.num_prefix_tokens, self.mode)
-            self.table = nn.Parameter(table, requires_grad=self.table.requires_grad)
-        self.size = size
-
-    def forward(self, height: int, width: int) -> Tensor:
-        """``[1, num_prefix_tokens + height * width, dim]``."""
-        return self._at(height, width)
-
-    @unscripted
-    def _at(self, height: int, width: int) -> Tensor:
-        size = (height, width)
-        if size == self.size:
-            return self.table
-        return keep(
-            "positions", size, lambda: resize_positions(self.table, self.size, size, self.num_prefix_tokens, self.mode),
-            sources=[self.table], owner=self)
+__all__ = ["AgentBackbone", "agent_cfg", "our_tables", "set_input_size"]
 
 
 class AgentBackbone(Backbone):
@@ -138,8 +79,7 @@ class AgentBackbone(Backbone):
                 raise ValueError(f"{name} must have one entry per stage, {stages}, got {values}")
         sizes = self.map_sizes(to_2tuple(img_size))
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)]
+        self.feature_info = stage_levels(embed_dims)
 
         def attention(stage: int, block: int) -> nn.Module:
             if block >= agent_depths[stage] and other_attention is not None:
@@ -181,22 +121,6 @@ class AgentBackbone(Backbone):
             if i == 0:
                 set_input_size(self.patch_embed, size, grid)
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into layers, for layer decay."""
-        return dict(
-            stem=r"^patch_embed",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Last map after the final norm, ``[batch, height / 32, width / 32, num_features]``."""
-        return self.norm(self.stages(self.patch_embed(x)))
-
 
 def set_input_size(module: nn.Module, size: Grid | None, agent_grid: Grid | None) -> None:
     """Gives all tables of a module the size of another map, and its attention another grid; None changes nothing."""
@@ -205,13 +129,6 @@ def set_input_size(module: nn.Module, size: Grid | None, agent_grid: Grid | None
             part.set_input_size(size, agent_grid)
         elif isinstance(part, PositionEmbedding) and size is not None:
             part.set_input_size(size)
-
-
-def resize_positions(table: Tensor, old: Grid, new: Grid, num_prefix_tokens: int, mode: str) -> Tensor:
-    """Interpolates position embeddings ``[1, num_prefix_tokens + height * width, dim]`` for a map of another size."""
-    prefix, grid = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-    grid = resize(grid.mT.unflatten(2, old), new, mode).flatten(2).mT
-    return torch.cat([prefix, grid], dim=1)
 
 
 _TABLES = {"n": "map", "h": "rows", "w": "columns", "c": "prefix"}

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..layers.full import attend
 from ..layers.scripting import unscripted
-from ._agent import AgentBackbone, Grid, agent_cfg, our_tables
+from ._agent import AgentBackbone, agent_cfg, our_tables
 from ._builder import build_model
+from ._tables import Grid
 
 __all__ = ["AgentCSwin"]
 

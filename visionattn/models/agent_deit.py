@@ -4,66 +4,32 @@ Paper: "Agent Attention: On the Integration of Softmax and Linear Attention" (EC
 code and weights: https://github.com/LeapLabTHU/Agent-Attention (without a licence file).
 """
 from functools import partial
-from typing import Any, Optional, Tuple  # noqa: UP035 - TorchScript reads Optional and Tuple
+from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import global_pool_nlc
+from timm.layers import Attention, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import AgentAttention
-from ..layers.full import attend
-from . import nat
-from ._agent import Grid, PositionEmbedding, agent_cfg, our_tables, set_input_size
+from ._agent import agent_cfg, our_tables, set_input_size
+from ._backbone import TokenBackbone
+from ._blocks import TokenBlock
 from ._builder import build_model
+from ._tables import Grid, PositionEmbedding
 
 __all__ = ["AgentDeiT"]
 
 
-class FullAttention(nn.Module):
-    """Attention of all tokens ``[B, N, dim]`` to all.
+class AgentBlock(TokenBlock):
+    """A block whose attention must know the tokens' places."""
 
-    Args:
-        dim: Channels.
-        num_heads: Divides ``dim``.
-        proj_drop: Dropout rate of the output.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(self, dim: int, num_heads: int, proj_drop: float = 0., device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, size: Optional[Tuple[int, int]] = None) -> Tensor:  # noqa: UP006, UP045
-        """Returns ``[B, N, dim]``; takes the size of the map only to be called as agent attention is."""
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        x = attend(q, k, v).transpose(1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(x))
+    def attend(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Agent attention of normed tokens."""
+        return self.attn(x, (height, width))
 
 
-class Block(nat.Block):
-    """Pre-norm transformer block on tokens ``[B, 1 + H * W, dim]``, the class token first."""
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # type: ignore[override]
-        """Returns tokens of the same shape."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self._of_tokens, x, height, width)
-        return self._of_tokens(x, height, width)
-
-    def _of_tokens(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), (height, width)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-
-class AgentDeiT(nat.Backbone):
+class AgentDeiT(TokenBackbone):
     """Agent-DeiT for images of any size; those that the patches do not divide are padded with zeros.
 
     Args:
@@ -86,9 +52,7 @@ class AgentDeiT(nat.Backbone):
         dtype: Dtype of the parameters.
     """
 
-    parts = "blocks"
-    output_fmt = "NLC"
-    num_prefix_tokens = 1
+    stem_parts = ("cls_token", "pos_embed", "patch_embed")
 
     def __init__(
             self,
@@ -113,37 +77,29 @@ class AgentDeiT(nat.Backbone):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
-        self.patch_size = patch_size
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]
-        size = self._map_size(img_size)
+        size = self.map_size(img_size)
         self.patch_embed = PatchEmbed(
             img_size=None, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, output_fmt="NHWC",
             strict_img_size=False, dynamic_img_pad=True, **dd)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = PositionEmbedding(embed_dim, size, num_prefix_tokens=1, mode="bicubic", **dd)
 
-        def attention(i: int) -> nn.Module:
-            if i >= agent_depth:
-                return FullAttention(embed_dim, num_heads, proj_drop=proj_drop_rate, **dd)
-            return AgentAttention(
-                embed_dim, num_heads, size, (agents, agents), agent_grid, num_prefix_tokens=1,
-                proj_drop=proj_drop_rate, **dd)
-
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, depth)
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList([
-            Block(
-                embed_dim, attention(i), mlp_ratio, proj_drop=proj_drop_rate, drop_path=drop_paths[i],
-                norm_layer=norm_layer, **dd)
-            for i in range(depth)
-        ])
-        self.norm = norm_layer(embed_dim, **dd)
-        self.global_pool = global_pool
-        self.head_drop = nn.Dropout(drop_rate)
-        self.num_features = self.head_hidden_size = embed_dim
-        self.reset_classifier(num_classes)
-        self.init_weights(needs_reset=False)
+
+        def block(i: int) -> nn.Module:
+            options = dict(proj_drop=proj_drop_rate, drop_path=drop_paths[i], norm_layer=norm_layer, **dd)
+            if i >= agent_depth:
+                attn = Attention(embed_dim, num_heads, qkv_bias=True, proj_drop=proj_drop_rate, **dd)
+                return TokenBlock(embed_dim, attn, mlp_ratio, **options)
+            return AgentBlock(embed_dim, AgentAttention(
+                embed_dim, num_heads, size, (agents, agents), agent_grid, num_prefix_tokens=1,
+                proj_drop=proj_drop_rate, **dd), mlp_ratio, **options)
+
+        self.blocks = nn.ModuleList([block(i) for i in range(depth)])
+        self.finish(embed_dim, num_classes, global_pool, drop_rate, norm_layer=norm_layer, **dd)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -162,94 +118,17 @@ class AgentDeiT(nat.Backbone):
             img_size: Height and width of the images; None leaves the tables as they are.
             agent_grid: Rows and columns of agents; None leaves it as it is.
         """
-        set_input_size(self, None if img_size is None else self._map_size(img_size), agent_grid)
+        set_input_size(self, None if img_size is None else self.map_size(img_size), agent_grid)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the class token and of the position embeddings."""
         return {"cls_token", "pos_embed.table"}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into layers, for layer decay."""
-        return dict(
-            stem=r"^(?:cls_token|pos_embed|patch_embed)", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier (0 classes: none) and, if given, what it takes ("": all tokens)."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
-        weight = self.cls_token
-        self.head = nn.Identity() if num_classes == 0 else nn.Linear(
-            self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
-
-    def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps after the blocks, without the class token.
-
-        Args:
-            x: Images ``[batch, in_chans, height, width]``.
-            indices: Blocks whose maps to return: the last n if an int, all if None.
-            norm: Apply the final norm to all maps.
-            stop_early: Compute no block after the last one that is asked for.
-            output_fmt: "NCHW" or "NLC", of the returned maps.
-            intermediates_only: Return these maps only.
-
-        Returns:
-            The final features (as :meth:`forward_features`) and the maps, or the latter only.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        intermediates = []
-        x = self.patch_embed(x)
-        height, width = x.shape[1:3]
-        x = self._tokens(x)
-        for i, block in enumerate(self.blocks[:max_index + 1] if stop_early else self.blocks):
-            x = block(x, height, width)
-            if i in take_indices:
-                taken = (self.norm(x) if norm else x)[:, self.num_prefix_tokens:]
-                intermediates.append(
-                    taken.mT.unflatten(2, (height, width)).contiguous() if output_fmt == "NCHW" else taken)
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Tokens after the final norm, the class token first: ``[batch, 1 + height / 16 * width / 16, embed_dim]``."""
-        x = self.patch_embed(x)
-        height, width = x.shape[1], x.shape[2]
-        x = self._tokens(x)
-        for block in self.blocks:
-            x = block(x, height, width)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies tokens of :meth:`forward_features`; ``pre_logits`` stops before the classifier."""
-        x = global_pool_nlc(x, self.global_pool, num_prefix_tokens=1)
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        """A map of patches as tokens with their positions, after the class token."""
+    def as_tokens(self, x: Tensor) -> Tensor:
+        """A map of patches ``[batch, height, width, dim]`` as tokens with their positions, after the class token."""
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         return tokens + self.pos_embed(x.shape[1], x.shape[2])
-
-    @torch.jit.ignore
-    def _map_size(self, img_size: int | Grid) -> Grid:
-        height, width = to_2tuple(img_size)
-        return -(-height // self.patch_size), -(-width // self.patch_size)
 
 
 def dense_args(variant: str, task: str) -> dict[str, Any]:

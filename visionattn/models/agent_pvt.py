@@ -13,8 +13,9 @@ from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ._agent import AgentBackbone, Grid, PositionEmbedding, agent_cfg, our_tables
+from ._agent import AgentBackbone, agent_cfg, our_tables
 from ._builder import build_model
+from ._tables import Grid, PositionEmbedding
 
 __all__ = ["AgentPVT"]
 
@@ -106,8 +107,8 @@ class AgentPVT(AgentBackbone):
             downsample=lambda i: PatchEmbedding(embed_dims[i - 1], embed_dims[i], 2, sizes[i], from_map=True, **dd),
             norm_layer=partial(nn.LayerNorm, eps=1e-6), drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate,
             **dd)
-        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, **dd)
-        self.norm = nn.Identity()  # other than PVT, it has none
+        # Other than PVT, it has no final norm.
+        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm_layer=None, **dd)
 
     @torch.jit.ignore
     def map_sizes(self, img_size: Grid) -> list[Grid]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..layers.full import attend
 from ..layers.scripting import unscripted
 from ..ops.kept import keep
-from ._agent import AgentBackbone, Grid, agent_cfg, our_tables
+from ._agent import AgentBackbone, agent_cfg, our_tables
 from ._builder import build_model
-from .nat import resize_rpb
+from ._tables import Grid, resize_rpb
 
 __all__ = ["AgentSwin"]
 

@@ -13,21 +13,21 @@ Code: https://github.com/rayleizhu/BiFormer (MIT licence)
 """
 import re
 from collections import OrderedDict
-from typing import Any, List, Optional, Set, Tuple, Union  # noqa: UP035 - TorchScript reads these
+from typing import Any
 
-import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import BiLevelRoutingAttention, FullAttention
+from ._backbone import Backbone, stage_levels
+from ._blocks import BaseBlock, Stage
 from ._builder import build_model, cfg
 
 __all__ = ["BiFormer"]
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
     """Depthwise position convolution (optional), attention and MLP, each added to its input; NCHW in and out."""
 
     def __init__(
@@ -50,7 +50,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branches(self, x: Tensor) -> Tensor:
+        """What the block computes."""
         if self.pos_conv is not None:
             x = x + self.pos_conv(x)
         x = x.permute(0, 2, 3, 1)
@@ -59,23 +60,7 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class Stage(nn.Module):
-    """Downsampling and blocks."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[Block]):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class BiFormer(nn.Module):
+class BiFormer(Backbone):
     """BiFormer: stages of bi-level routing attention on maps of stride 4, 8 and 16, full attention at stride 32.
 
     Args:
@@ -97,6 +82,9 @@ class BiFormer(nn.Module):
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; grows linearly from 0 in the first.
     """
+
+    stem_parts = ("stem",)
+    output_fmt = "NCHW"
 
     def __init__(
             self,
@@ -120,11 +108,9 @@ class BiFormer(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = embed_dims[-1]
         self.nchw_attention = nchw_attention
-        self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)]
+        self.feature_info = stage_levels(embed_dims)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         def attention(dim: int, topk: int | None) -> nn.Module:
             if topk is None:
@@ -133,122 +119,16 @@ class BiFormer(nn.Module):
                 dim, dim // head_dim, n_win=n_win, topk=topk, pad="qkv" if nchw_attention else "input", **dd)
 
         self.stem = _stem(in_chans, embed_dims[0], overlap, **dd)
-        stages, block_index = [], 0
-        for i, (dim, depth, topk) in enumerate(zip(embed_dims, depths, topks, strict=True)):
-            blocks = []
-            for _ in range(depth):
-                rate = drop_path_rate * block_index / max(sum(depths) - 1, 1)
-                blocks.append(Block(dim, attention(dim, topk), mlp_ratio, pos_conv, rate, **dd))
-                block_index += 1
+        stages = []
+        for i, (dim, rates, topk) in enumerate(zip(embed_dims, drop_paths, topks, strict=True)):
+            blocks = [Block(dim, attention(dim, topk), mlp_ratio, pos_conv, rate, **dd) for rate in rates]
             stages.append(Stage(_downsample(embed_dims[i - 1], dim, overlap, **dd) if i else nn.Identity(), blocks))
         self.stages = nn.Sequential(*stages)
-        self.norm: nn.Module = nn.BatchNorm2d(self.num_features, **dd)
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.apply(_init_weights)
+        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm_layer=nn.BatchNorm2d, **dd)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:  # noqa: UP006
-        """Names of parameters without weight decay besides biases and norms."""
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into layers."""
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes activations of the blocks in the backward pass instead of keeping them."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:  # noqa: UP045
-        """Replaces the classifier, and the pooling if ``global_pool`` is given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-        weight = next(self.stem.parameters())  # timm makes the layer on the CPU if there was none before
-        self.head.to(device=weight.device, dtype=weight.dtype)
-
-    def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,  # noqa: UP006, UP007, UP045
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:  # noqa: UP006, UP007
-        """Features of several stages.
-
-        Args:
-            x: Images ``[batch, channels, height, width]``.
-            indices: The last n stages if int, all if None, else these.
-            norm: Apply the final norm to the last stage's features.
-            stop_early: Stop after the last stage asked for.
-            output_fmt: Must be ``"NCHW"``.
-            intermediates_only: Return no final features.
-
-        Returns:
-            The final features (as of ``forward_features``) and the list of those asked for, or the list alone.
-        """
-        assert output_fmt == "NCHW", "Output format must be NCHW."
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.feature_info) - 1
-        stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
-        x = self.stem(x)
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            normed = self.norm(x) if i == last else x
-            if i in take_indices:
-                intermediates.append(normed if norm else x)
-            if i == last:
-                x = normed
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,  # noqa: UP006, UP007
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:  # noqa: UP006
-        """Removes what ``forward_intermediates`` does not need for ``indices``; returns these as a list."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        pruned = max_index < len(self.stages) - 1
-        self.stages = self.stages[:max_index + 1]
-        if pruned:
-            self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[max_index]["num_chs"]
-        if pruned or prune_norm:
-            self.norm = nn.Identity()
-        if pruned or prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images ``[batch, channels, height, width]`` to the last map, ``[batch, num_features, h, w]``, normed."""
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools features and classifies them, or only pools them."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``[batch, channels, height, width]`` to logits ``[batch, num_classes]``."""
-        return self.forward_head(self.forward_features(x))
+    def embed(self, x: Tensor) -> Tensor:
+        """The first map of images ``[batch, in_chans, height, width]``."""
+        return self.stem(x)
 
 
 def _stem(in_chans: int, dim: int, overlap: bool, **dd: Any) -> nn.Module:
@@ -276,13 +156,6 @@ def _downsample(in_dim: int, dim: int, overlap: bool, **dd: Any) -> nn.Module:
         conv=nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd),
         norm=nn.BatchNorm2d(dim, **dd),
     ))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def dense_args(variant: str, task: str) -> dict[str, Any]:

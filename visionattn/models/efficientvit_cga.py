@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, SqueezeExcite, to_2tuple
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from ..layers.cascaded_group import CascadedGroupAttention, resize_bias_table
 from ..layers.conv_norm import ConvNorm, NormLinear
+from ._backbone import Backbone, stage_levels
+from ._blocks import BaseBlock, Stage
 from ._builder import build_model, cfg
 
 __all__ = ["EfficientViTCGA", "dense_args"]
@@ -40,7 +41,7 @@ class Ffn(nn.Module):
         return x + self.fc2(F.relu(self.fc1(x), inplace=True))
 
 
-class Block(nn.Module):
+class Block(BaseBlock):
     """Attention in the middle, a depthwise convolution and a perceptron on either side; each beside a shortcut.
 
     Args:
@@ -59,8 +60,8 @@ class Block(nn.Module):
         self.conv2 = ConvNorm(dim, dim, 3, groups=dim, shortcut=True, gain=0., **dd)
         self.ffn2 = Ffn(dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns a map of the same shape."""
+    def branches(self, x: Tensor) -> Tensor:
+        """What the block computes."""
         x = self.ffn1(self.conv1(x))
         x = x + self.attn(x)
         return self.ffn2(self.conv2(x))
@@ -100,24 +101,7 @@ class Downsample(nn.Module):
         return self.res2(self.merge(self.res1(x)))
 
 
-class Stage(nn.Module):
-    """A downsampler (not in the first stage) and the blocks that work at its resolution."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[Block]):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the map after the last block."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class EfficientViTCGA(nn.Module):
+class EfficientViTCGA(Backbone):
     """Three stages of cascaded group attention on maps ``[batch, channels, height, width]``; takes images of any size.
 
     Args:
@@ -142,6 +126,8 @@ class EfficientViTCGA(nn.Module):
     Raises:
         ValueError: An option is out of range.
     """
+
+    output_fmt = "NCHW"
 
     def __init__(
             self,
@@ -170,8 +156,7 @@ class EfficientViTCGA(nn.Module):
         self.drop_rate = drop_rate
         self.distilled = distilled
         self.distilled_training = False
-        self.feature_info = [
-            dict(num_chs=dim, reduction=16 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)]
+        self.feature_info = stage_levels(embed_dims, stride=16)
 
         dims = [in_chans, *(embed_dims[0] // part for part in (8, 4, 2, 1))]
         self.patch_embed = nn.Sequential(*[
@@ -188,6 +173,7 @@ class EfficientViTCGA(nn.Module):
             )
             for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True))
         ])
+        self.norm = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
 
     @torch.jit.ignore
@@ -211,28 +197,6 @@ class EfficientViTCGA(nn.Module):
         """
         reparameterize_model(self, inplace=True)
         return self
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the bias tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into layers, for layer decay."""
-        return dict(
-            stem=r"^patch_embed",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training computes the blocks' inner values a second time instead of keeping them."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -262,59 +226,6 @@ class EfficientViTCGA(nn.Module):
             ).train(self.training) if num_classes and wanted else nn.Identity()
             for wanted in (True, self.distilled))
 
-    def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps after the stages.
-
-        Args:
-            x: Images ``[batch, in_chans, height, width]``.
-            indices: Stages whose maps to return: the last n if an int, all if None.
-            norm: Changes nothing, as there is no norm after the last stage.
-            stop_early: Compute no stage after the last one that is asked for.
-            output_fmt: Must be "NCHW".
-            intermediates_only: Return these maps only.
-
-        Returns:
-            The final features (as :meth:`forward_features`) and the maps, or the latter only.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self._embed(x)
-        for i, stage in enumerate(self.stages[:max_index + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Drops the stages after the last one of ``indices``, and the head if asked for; returns the indices."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        pruned = max_index < len(self.stages) - 1
-        self.stages = self.stages[:max_index + 1]
-        if pruned:
-            self.num_features = self.feature_info[max_index]["num_chs"]
-        if pruned or prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Last map, ``[batch, num_features, height / 64, width / 64]`` (rounded up)."""
-        return self.stages(self._embed(x))
-
     def forward_head(self, x: Tensor, pre_logits: bool = False):
         """Pools and classifies a map of :meth:`forward_features`; ``pre_logits`` stops before the classifier."""
         x = self.global_pool(x)
@@ -327,11 +238,12 @@ class EfficientViTCGA(nn.Module):
             return x, x_dist
         return (x + x_dist) / 2
 
-    def forward(self, x: Tensor):
+    def forward(self, x: Tensor):  # type: ignore[override]
         """Logits ``[batch, num_classes]`` of images ``[batch, in_chans, height, width]``, or a pair (``distilled``)."""
         return self.forward_head(self.forward_features(x))
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
+        """The first map of images ``[batch, in_chans, height, width]``."""
         # The one change of layout: all that follows keeps channels last.
         return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
 

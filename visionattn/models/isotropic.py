@@ -14,8 +14,11 @@ from ..layers import NeighborhoodAttention2d
 from ..layers.full import attend
 from ..layers.scripting import unscripted
 from . import nat
+from ._backbone import Backbone
+from ._blocks import Block
 from ._builder import build_model
-from .nat import Backbone, Block, dinat_cfg, fit_dilations, resize_rpb
+from ._tables import resize_rpb
+from .nat import dinat_cfg, fit_dilations
 
 __all__ = ["IsotropicTransformer"]
 
@@ -148,14 +151,9 @@ class IsotropicTransformer(Backbone):
         ])
         self.finish(embed_dim, num_classes, global_pool, drop_rate, **dd)
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into layers, for layer decay."""
-        return dict(stem=r"^patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Last map after the final norm, ``[batch, height / 16, width / 16, embed_dim]``."""
-        return self.norm(self.blocks(self.patch_embed(x)))
+        return self.norm(self.blocks(self.embed(x)))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

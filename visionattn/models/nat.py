@@ -5,19 +5,18 @@ Transformer" (arXiv 2209.15001). Official code and weights: https://github.com/S
 (MIT licence).
 """
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import calculate_drop_path_rates
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
+from ._backbone import Backbone, stage_levels
+from ._blocks import Block, Stage
 from ._builder import build_model, cfg
+from ._tables import resize_rpb
 
 __all__ = ["NAT"]
 
@@ -53,203 +52,6 @@ class ConvDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the smaller map."""
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class FreshGELU(nn.GELU):
-    """GELU of a tensor that nobody else needs: without gradients it works in place, for less memory and traffic.
-
-    Not in traces: ``torch.jit.trace`` compares one with gradients with one without.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns a tensor of the same shape."""
-        return F.gelu(x) if torch.is_grad_enabled() or torch.jit.is_tracing() else torch.ops.aten.gelu_(x)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block on maps ``[B, H, W, dim]``: attention, then a perceptron, each beside a shortcut.
-
-    Args:
-        dim: Channels.
-        attn: The attention module.
-        mlp_ratio: Width of the perceptron's hidden layer, in ``dim``.
-        layer_scale: Initial value of a learnt factor per channel on both branches; None for no such factor.
-        proj_drop: Dropout rate in the perceptron.
-        drop_path: Rate at which a sample skips a branch in training.
-        norm_layer: Makes a norm: ``norm_layer(dim)``.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(
-            self,
-            dim: int,
-            attn: nn.Module,
-            mlp_ratio: float,
-            layer_scale: float | None = None,
-            proj_drop: float = 0.,
-            drop_path: float = 0.,
-            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
-        scale = partial(LayerScale, dim, init_values=layer_scale, **dd) if layer_scale else nn.Identity
-        path = partial(DropPath, drop_path) if drop_path > 0. else nn.Identity
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = attn
-        self.ls1, self.drop_path1 = scale(), path()
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=FreshGELU, drop=proj_drop, **dd)
-        self.ls2, self.drop_path2 = scale(), path()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns a map of the same shape."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self._branches, x)
-        return self._branches(x)
-
-    def _branches(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-class Stage(nn.Module):
-    """A downsampler (not in the first stage) and the blocks that work at its resolution."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[Block]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the map after the last block."""
-        return self.blocks(self.downsample(x))
-
-
-class Backbone(nn.Module):
-    """What NAT, DiNAT_s and the isotropic models share: everything but the constructor and the forward pass.
-
-    A subclass has ``patch_embed``, the parts (stages or blocks) as an ``nn.Sequential`` whose name is ``parts``,
-    ``norm`` and ``head``; maps are ``[batch, height, width, channels]`` throughout. Its constructor ends with
-    :meth:`finish`.
-    """
-
-    parts = "stages"
-    output_fmt = "NHWC"
-    if TYPE_CHECKING:  # torch.jit.script would stumble over these
-        feature_info: list[dict[str, Any]]
-        patch_embed: nn.Module
-        norm: nn.Module
-        head: Any
-        forward_features: Any
-
-    def finish(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float, **dd: Any) -> None:
-        """Adds the final norm and the head, and draws the weights."""
-        self.num_classes = num_classes
-        self.num_features = num_features
-        self.norm = nn.LayerNorm(num_features, **dd)
-        self.head = ClassifierHead(
-            num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd)
-        self.head_hidden_size = num_features * self.head.global_pool.feat_mult()
-        self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Draws all parameters anew, e.g. after ``to_empty`` of a model that was built on the meta device."""
-        self.apply(partial(_init_module, needs_reset=needs_reset))
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the bias tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training computes the blocks' inner values a second time instead of keeping them."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier (0 classes: none) and, if given, the pooling ("": none)."""
-        self.num_classes = num_classes
-        self.head.in_features = self.num_features
-        self.head.reset(num_classes, global_pool)
-        weight = next(self.patch_embed.parameters())  # timm 1.0.24 makes the new layer float32 on the CPU
-        self.head.to(device=weight.device, dtype=weight.dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-
-    def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps after the parts (stages; blocks of isotropic models).
-
-        Args:
-            x: Images ``[batch, in_chans, height, width]``.
-            indices: Parts whose maps to return: the last n if an int, all if None.
-            norm: Apply the final norm to the last part's map.
-            stop_early: Compute no part after the last one that is asked for.
-            output_fmt: "NCHW" or "NHWC", of the returned maps.
-            intermediates_only: Return these maps only.
-
-        Returns:
-            The final features (as :meth:`forward_features`) and the maps, or the latter only.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
-        parts = getattr(self, self.parts)
-        last = len(self.feature_info) - 1
-        take_indices, max_index = feature_take_indices(len(parts), indices)
-        intermediates = []
-        x = self.patch_embed(x)
-        for i, part in enumerate(parts[:max_index + 1] if stop_early else parts):
-            x = part(x)
-            normed = self.norm(x) if i == last else x
-            if i in take_indices:
-                taken = normed if norm else x
-                intermediates.append(taken.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else taken)
-        return intermediates if intermediates_only else (normed, intermediates)
-
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Drops the parts after the last one of ``indices``, and what is asked for besides; returns the indices."""
-        parts = getattr(self, self.parts)
-        take_indices, max_index = feature_take_indices(len(parts), indices)
-        prune_end = max_index < len(parts) - 1
-        setattr(self, self.parts, parts[:max_index + 1])
-        if prune_norm or prune_end:
-            self.norm = nn.Identity()
-        if prune_end:
-            self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies a map of :meth:`forward_features`; ``pre_logits`` stops before the classifier."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[batch, num_classes]`` of images ``[batch, in_chans, height, width]``."""
-        return self.forward_head(self.forward_features(x))
 
 
 class NAT(Backbone):
@@ -305,8 +107,7 @@ class NAT(Backbone):
         dims = [embed_dim * 2 ** i for i in range(len(depths))]
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.in_chans = in_chans
-        self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(dims)]
+        self.feature_info = stage_levels(dims)
 
         self.patch_embed = embed_layer(in_chans, embed_dim, **dd)
         self.stages = nn.Sequential(*[
@@ -326,22 +127,6 @@ class NAT(Backbone):
             for i, dim in enumerate(dims)
         ])
         self.finish(dims[-1], num_classes, global_pool, drop_rate, **dd)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into layers, for layer decay."""
-        return dict(
-            stem=r"^patch_embed",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Last map after the final norm, ``[batch, height / 32, width / 32, num_features]``."""
-        return self.norm(self.stages(self.patch_embed(x)))
 
 
 def dense_args(variant: str, task: str) -> dict[str, Any]:
@@ -370,22 +155,6 @@ def fit_dilations(dilations: Dilations | None, depths: Sequence[int]) -> list[li
         if not 1 <= len(values) <= depth:
             raise ValueError(f"dilations of stage {stage} must be 1 to {depth} values, one per block, got {values}")
     return [[values[j % len(values)] for j in range(depth)] for values, depth in zip(dilations, depths, strict=True)]
-
-
-def _init_module(module: nn.Module, needs_reset: bool) -> None:
-    """The authors' initial values: normal with deviation 0.02, cut at 2, for linear layers; PyTorch's for the rest."""
-    if needs_reset and hasattr(module, "reset_parameters"):
-        module.reset_parameters()  # type: ignore[operator]
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def resize_rpb(table: Tensor, size: Sequence[int]) -> Tensor:
-    """Interpolates a bias table ``[heads, rows, columns]`` to another size, bicubically, each head for itself."""
-    dtype = torch.promote_types(table.dtype, torch.float32)
-    return F.interpolate(table[None].to(dtype), size=tuple(size), mode="bicubic")[0].to(table.dtype)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -11,14 +11,14 @@ are, attention of all tokens in the last stage. What was added to the paper's at
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import FullAttention, KMeansRoutingAttention
+from ._backbone import Backbone, stage_levels
+from ._blocks import Block, Stage
 from ._builder import build_model, cfg
-from .nat import Backbone, Block, Stage
 
 __all__ = ["RoutingViT"]
 
@@ -112,8 +112,7 @@ class RoutingViT(Backbone):
         dd = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.in_chans = in_chans
-        self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(embed_dims)]
+        self.feature_info = stage_levels(embed_dims)
 
         def attention(dim: int, clusters: int | None) -> nn.Module:
             if clusters is None:
@@ -134,22 +133,6 @@ class RoutingViT(Backbone):
             for i, (dim, clusters) in enumerate(zip(embed_dims, num_clusters, strict=True))
         ])
         self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, **dd)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into layers, for layer decay."""
-        return dict(
-            stem=r"^patch_embed",
-            blocks=r"^stages\.(\d+)" if coarse else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ],
-        )
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Last map after the final norm, ``[batch, height / 32, width / 32, num_features]``."""
-        return self.norm(self.stages(self.patch_embed(x)))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
