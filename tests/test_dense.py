@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from tests import golden
-from tests.models.test_families import NAMES, ONE_RESOLUTION, SMALL, family
+from tests.models.test_families import NAMES, SMALL
 from visionattn.dense import DenseBackbone
 from visionattn.heads import FeaturePyramid
+from visionattn.models import family_of
 
 GOLDEN = {  # numbers of the authors' dense backbones
     "biformer_tiny_seg": ("biformer_tiny", "segmentation"),
@@ -71,7 +72,7 @@ def test_every_registered_model(name, task):
     with torch.device("meta"):
         backbone = DenseBackbone(name, task)
     assert backbone.reductions == sorted(set(backbone.reductions))
-    assert len(backbone.channels) == len(backbone.reductions) == (1 if family(name) in ONE_RESOLUTION else
+    assert len(backbone.channels) == len(backbone.reductions) == (1 if len(family_of(name).reductions) == 1 else
                                                                   3 if backbone.reductions[0] == 16 else 4)
 
 

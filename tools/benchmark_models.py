@@ -18,41 +18,20 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-import visionattn  # noqa: F401  registers the models
 from visionattn.bench import measure_machine
+from visionattn.models import Peer, families
 
-__all__ = ["PAIRS", "Pair", "benchmark", "main"]
+__all__ = ["PAIRS", "benchmark", "main"]
 
 TOLERANCE = 1e-4  # of logits that must agree, as a share of the largest
 
-
-class Pair(NamedTuple):
-    """A model of ours and the one of timm's to compare it with, at one image size."""
-
-    ours: str
-    peer: str
-    size: int = 224
-    fused: bool = False  # ours with norms folded into convolutions, as its authors time it
-    same_weights: bool = False  # the peer's weights load into ours and must give the peer's logits
-
-
-PAIRS = [
-    Pair("efficientvit_cga_m0", "efficientvit_m0", fused=True, same_weights=True),
-    Pair("efficientvit_cga_m5", "efficientvit_m5", fused=True, same_weights=True),
-    Pair("agent_deit_t", "deit_tiny_patch16_224"),
-    Pair("agent_deit_t", "deit_tiny_patch16_224", size=672),
-    Pair("agent_swin_t", "swin_tiny_patch4_window7_224"),
-    Pair("dinat_tiny", "swin_tiny_patch4_window7_224"),
-    Pair("nat_tiny", "swin_tiny_patch4_window7_224"),
-    Pair("biformer_tiny", "swin_tiny_patch4_window7_224"),
-    Pair("routing_vit_tiny", "swin_tiny_patch4_window7_224"),
-]
+PAIRS = [peer for family in families().values() for peer in family.peers]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def benchmark(pair: Pair, batch: int, repeats: int) -> list[dict[str, Any]]:
+def benchmark(pair: Peer, batch: int, repeats: int) -> list[dict[str, Any]]:
     """Checks, then times a pair.
 
     Returns:
@@ -123,7 +102,7 @@ def benchmark(pair: Pair, batch: int, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def _checked(pair: Pair, images: Tensor) -> tuple[Any, nn.Module, str]:
+def _checked(pair: Peer, images: Tensor) -> tuple[Any, nn.Module, str]:
     """Ours and the peer, and what was found true of their outputs."""
     ours, peer = _create(pair, pair.ours), _create(pair, pair.peer)
     facts = ["finite"]
@@ -144,7 +123,7 @@ def _checked(pair: Pair, images: Tensor) -> tuple[Any, nn.Module, str]:
     return ours, peer, ", ".join(facts)
 
 
-def _create(pair: Pair, name: str) -> Any:
+def _create(pair: Peer, name: str) -> Any:
     torch.manual_seed(0)
     takes_size = name == pair.peer or name.startswith("agent")  # those that have tables for one image size
     changed = takes_size and pair.size != timm.get_pretrained_cfg(name).input_size[1]
@@ -175,7 +154,7 @@ def _apart(function: Callable[..., float], *args: Any) -> float:
         return pool.submit(function, *args, torch.get_num_threads()).result()
 
 
-def _peak_memory(pair: Pair, name: str, batch: int, threads: int) -> float:
+def _peak_memory(pair: Peer, name: str, batch: int, threads: int) -> float:
     """MiB by which a forward pass raises this process's resident memory; not a number where Linux does not say."""
     torch.set_num_threads(threads)
     model = _create(pair, name)

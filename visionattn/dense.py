@@ -5,7 +5,7 @@ the same weights (each family's ``dense_args``), and some put a norm on each map
 """
 import sys
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import timm
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,27 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import models  # noqa: F401  (registers the zoo in timm)
+from .models import DenseNorm, Family, family_of
 from .weights import check_name, fitting, read_checkpoint, timm_model
 
 __all__ = ["DenseBackbone"]
 
-
-class _LevelNorm(NamedTuple):
-    prefix: str  # of the authors' names; the level's number follows
-    eps: float
-
-
-# Families whose authors' dense backbones put a norm on each map that they return; of other families they return the
-# maps as they are.
-_LEVEL_NORMS = {
-    "biformer": _LevelNorm("extra_norms.", 1e-6),
-    "nat": _LevelNorm("norm", 1e-5),
-    "dinat_s": _LevelNorm("norm", 1e-5),
-    "agent_swin": _LevelNorm("norm", 1e-5),
-    "swin_transformer": _LevelNorm("norm", 1e-5),
-    "swin_transformer_v2": _LevelNorm("norm", 1e-5),
-}
+# Modules of timm whose authors' dense backbones put a norm on each map that they return; ours say it themselves.
+_TIMM_NORMS = dict.fromkeys(
+    ("timm.models.swin_transformer", "timm.models.swin_transformer_v2"), DenseNorm("norm", 1e-5))
 
 
 class DenseBackbone(nn.Module):
@@ -82,11 +69,11 @@ class DenseBackbone(nn.Module):
             raise ValueError("pretrained and checkpoint_path were both given; choose one to start from")
         self.name, self.frozen_norms = name, frozen_norms
         family = _family(name)
-        settings = family.dense_args(name.split(".")[0], task) if hasattr(family, "dense_args") else {}
+        settings = family.dense_settings(name, task)
         self.model, self.any_size, self.whole_patches = _create(name, pretrained, settings | (model_args or {}))
 
         stages = _stages(self.model)
-        self.level_norm = _LEVEL_NORMS.get(family.__name__.rsplit(".", 1)[-1])
+        self.level_norm = family.dense_norm
         self.norms = nn.ModuleDict()
         self.patch = stages[0]["reduction"]
         state_dict = None if checkpoint_path is None else self._read(checkpoint_path, family)
@@ -160,7 +147,7 @@ class DenseBackbone(nn.Module):
                 for level, channels in zip(levels, self.channels, strict=True)})
         self.model.prune_intermediate_layers(levels, prune_norm=True, prune_head=True)
 
-    def _read(self, path: str, family: Any) -> dict[str, Tensor]:
+    def _read(self, path: str, family: Family) -> dict[str, Tensor]:
         """The entries of a checkpoint by our names: those of the model, and those of the norms as ``norms.<level>``."""
         content, run = read_checkpoint(path)
         if run is not None and run["backbone"] != self.name:
@@ -177,10 +164,8 @@ class DenseBackbone(nn.Module):
                 norms[key] = x
             else:
                 weights[key.removeprefix("model.")] = x
-        rename = getattr(family, "checkpoint_filter_fn", None)
-        if rename is not None:
-            with fitting(self.name, path):
-                weights = rename(weights, self.model)
+        with fitting(self.name, path):
+            weights = family.checkpoint_filter_fn(weights, self.model)
         return norms | {f"model.{key}": x for key, x in weights.items()}
 
     def _load(self, state_dict: dict[str, Tensor], known: set[str], path: str) -> None:
@@ -203,10 +188,12 @@ class DenseBackbone(nn.Module):
         self.load_state_dict({key: x for key, x in state_dict.items() if key in wanted}, strict=False)
 
 
-def _family(name: str) -> Any:
-    """The Python module that defines the model."""
+def _family(name: str) -> Family:
+    """The family of a model; what we know of timm's for those that have none."""
     check_name(name)
-    return sys.modules[timm.model_entrypoint(name.split(".")[0]).__module__]
+    module = sys.modules[timm.model_entrypoint(name.split(".")[0]).__module__]
+    known = dict(checkpoint_filter_fn=module.checkpoint_filter_fn) if hasattr(module, "checkpoint_filter_fn") else {}
+    return family_of(name) or Family(small={}, dense_norm=_TIMM_NORMS.get(module.__name__), **known)
 
 
 def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, bool, bool]:

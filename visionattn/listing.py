@@ -12,7 +12,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import models
-from .models.published import PUBLISHED
 
 __all__ = ["Entry", "chosen", "describe", "main"]
 
@@ -86,7 +85,8 @@ def describe(name: str) -> Entry:
         gmacs = counter.get_total_flops() / 2e9
     except (RuntimeError, NotImplementedError):  # some of timm's models read values of tensors, which meta ones lack
         pass
-    published = PUBLISHED.get(name)
+    family = models.family_of(name)
+    published = family.published.get(name) if family else None
     hub = config.get("hf_hub_id")
     return Entry(
         name, sum(parameter.numel() for parameter in model.parameters()), gmacs, config["input_size"][1:],

@@ -148,7 +148,7 @@ def test_windows_and_stripes_of_each_variant():
         assert {block.attn.stripe_width for block in model.stages[2].blocks} == {width}
         assert {block.attn.stripe_width for block in model.stages[3].blocks} == {None}
     kinds = [type(block.attn) for block in timm.create_model("agent_deit_b", device="meta").blocks]
-    assert kinds == [kinds[0]] * 4 + [agent_deit.Attention] * 8
+    assert kinds == [kinds[0]] * 4 + [agent_deit.FullAttention] * 8
     for name in ("agent_pvt_t", "agent_pvt_l"):
         model = timm.create_model(name, device="meta")
         assert [stage.blocks[-1].attn.agent_grid for stage in model.stages] == [(3, 3), (4, 4), (7, 7), (7, 7)]

@@ -1,7 +1,6 @@
 """What timm and its users expect of every model, for all families of the zoo.
 
-Covers every registered model on the meta device, and the models of ``SMALL`` for real. A new family is covered by
-adding one of its models, scaled down if need be, to ``SMALL``.
+Covers every registered model on the meta device, and those that a family names as ``small`` for real.
 """
 import copy
 import json
@@ -19,31 +18,13 @@ from torch import nn
 
 import visionattn
 from tests.models import SAFETENSORS
+from visionattn.models import families, family_of
 
-SMALL = {
-    "test_biformer": {},
-    "biformer_stl": dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), head_dim=16),
-    "biformer_stl_nchw": dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), head_dim=16),
-    "test_dinat": {},
-    "nat_small": dict(embed_dim=24, depths=(1, 1, 1, 1)),
-    "dinat_s_tiny": dict(embed_dim=24, depths=(2, 2, 2, 2)),
-    "dinat_iso_small": dict(embed_dim=48, depth=4),
-    "vitrpb_small": dict(embed_dim=48, depth=4),
-    "test_agent_cswin": {},
-    "test_agent_deit": {},
-    "test_agent_pvt": {},
-    "test_agent_swin": {},
-    "test_routing_vit": {},
-    "test_efficientvit_cga": {},
-}
-COMPILED = [  # where it takes seconds
-    "test_biformer", "test_dinat", "dinat_s_tiny", "dinat_iso_small", "vitrpb_small", "test_routing_vit",
-    "test_agent_cswin", "test_agent_deit", "test_agent_pvt", "test_agent_swin", "test_efficientvit_cga",
-]
-ONE_RESOLUTION = {"agent_deit", "isotropic"}  # families that keep their patches' resolution; others halve it thrice
-REDUCTIONS = {"efficientvit_cga": [16, 32, 64]}  # of families other than [4, 8, 16, 32]
+SMALL = {name: dict(args) for family in families().values() for name, args in family.small.items()}
+LONG_TO_COMPILE = {"biformer_stl", "biformer_stl_nchw", "nat_small"}
+COMPILED = [name for name in SMALL if name not in LONG_TO_COMPILE]
 
-FAMILIES = visionattn.models.__all__
+FAMILIES = list(families())
 NAMES = [name for family in FAMILIES for name in timm.list_models(module=family)]
 PIXELS = 64
 
@@ -91,8 +72,8 @@ def name(request) -> str:
     return request.param
 
 
-def test_every_family_is_covered():
-    assert {family(name) for name in SMALL} == set(FAMILIES)
+def test_every_module_has_a_family():
+    assert {family(name) for name in SMALL} == set(FAMILIES) >= set(visionattn.models.__all__)
 
 
 # Registration
@@ -160,8 +141,8 @@ def test_feature_levels(name):
     """The reductions that dense heads (and segmentation_models_pytorch) count on."""
     model = timm.create_model(name, features_only=True, device="meta")
     reductions, channels = model.feature_info.reduction(), model.feature_info.channels()
-    expected = REDUCTIONS.get(family(name), [4, 8, 16, 32])
-    assert reductions == ([16] * len(channels) if family(name) in ONE_RESOLUTION else expected)
+    expected = list(family_of(name).reductions)
+    assert reductions == (expected * len(channels) if len(expected) == 1 else expected)
     assert len(channels) >= 3
     for height, width in ((96, 96), (96, 160), (512, 640)):
         maps = model(torch.empty(1, 3, height, width, device="meta"))

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from tests.models.test_families import ONE_RESOLUTION, SMALL, family
+from tests.models.test_families import SMALL
 from tests.test_dense import DILATIONS
 from visionattn.data import DigitScenesData
 from visionattn.layers.auxiliary import AuxiliaryLosses
+from visionattn.models import family_of
 from visionattn.tasks import SegmentationTask
 
 CLASSES = 5  # of the random pictures; the last never occurs
@@ -54,7 +55,7 @@ def _loader(pictures, batch_size=2):
     return DataLoader(pictures, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if family(name) not in ONE_RESOLUTION])
+@pytest.mark.parametrize("name", [name for name in SMALL if len(family_of(name).reductions) > 1])
 def test_every_hierarchical_family_trains(name, trainer):
     task = _task(backbone=name, model_args=SMALL[name] | DILATIONS.get(name, {}))
     before = {key: parameter.detach().clone() for key, parameter in task.named_parameters()}

@@ -4,6 +4,7 @@ from typing import Any, Optional
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules import module as modules
 
 from ..ops.sdpa import sdpa
@@ -24,8 +25,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor] = None) -> Te
 
 @register_notrace_function
 def unseen(*producers: nn.Module) -> bool:
-    """Whether what these modules just returned may be written over: no gradient needs it and no hook was given it."""
+    """Whether what these modules just returned may be written over.
+
+    No gradient needs it, no hook was given it, no module that somebody put in one's place may have kept it, and nothing
+    is traced, as a graph may be used otherwise than it was made.
+    """
     if torch.is_grad_enabled() or modules._global_forward_hooks or modules._global_forward_pre_hooks:
         return False
-    parts: list[Any] = [part for producer in producers for part in (producer, *producer._modules.values())]
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in parts if part is not None)
+    if torch.jit.is_tracing() or is_fx_symbolic_tracing():
+        return False
+    parts: list[Any] = [part for producer in producers for part in (producer, *producer._modules.values())
+                        if part is not None]
+    return all(type(part).__module__.startswith(("torch.", "visionattn.")) for part in parts) and not any(
+        part._forward_hooks or part._forward_pre_hooks for part in parts)

@@ -1,21 +1,14 @@
-"""The backbones. Importing this package registers them in timm."""
+"""The backbones, a family a file. Importing this package registers them in timm."""
 if __name__ == "models":
     raise ImportError("the folder models is a link to visionattn/models: import visionattn.models instead")
 
-from . import (
-    agent_cswin,
-    agent_deit,
-    agent_pvt,
-    agent_swin,
-    biformer,
-    dinat_s,
-    efficientvit_cga,
-    isotropic,
-    nat,
-    routing_vit,
-)
+import pkgutil
+from importlib import import_module
 
-__all__ = [
-    "agent_cswin", "agent_deit", "agent_pvt", "agent_swin", "biformer", "dinat_s", "efficientvit_cga", "isotropic",
-    "nat", "routing_vit",
-]
+from ._family import DenseNorm, Family, Peer, Published, families, family_of
+
+# The modules of the families, whose number grows: every file here that has no leading underscore.
+__all__ = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+for _name in __all__:
+    import_module(f"{__name__}.{_name}")

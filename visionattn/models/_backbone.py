@@ -10,10 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import ClassifierHead, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, register_notrace_function, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
+
+from ..ops.dispatch import numbers
 
 __all__ = ["Backbone", "TokenBackbone", "stage_levels"]
 
@@ -29,18 +31,21 @@ class Backbone(nn.Module):
     A subclass has ``in_chans``, ``feature_info`` (the channels, the reduction and the module of each part), the modules
     ``stem_parts``, and the parts (stages or blocks) as an ``nn.Sequential`` whose name is ``parts``. Its constructor
     ends with :meth:`finish`. If its images go another way to the first map it overrides :meth:`embed`, and if maps go
-    another way through the parts :meth:`run_parts` and :meth:`forward_features`.
+    another way through the parts :meth:`run_parts` and :meth:`forward_features`. If small images do not survive a
+    part, it sets ``min_sizes``, the least height and width that each part needs, before it calls :meth:`finish`.
     """
 
     parts = "stages"
     stem_parts: tuple[str, ...] = ("patch_embed",)  # what makes the first map from an image
     output_fmt = "NHWC"  # or "NCHW": of the maps that the parts hand on
+    min_size = 1  # least height and width of an image, in pixels
     if TYPE_CHECKING:  # torch.jit.script would stumble over these
         feature_info: list[dict[str, Any]]
         patch_embed: nn.Module
         stages: Any
         norm: nn.Module
         head: Any
+        min_sizes: Sequence[int]
 
     def finish(
             self,
@@ -63,6 +68,8 @@ class Backbone(nn.Module):
         """
         self.num_classes = num_classes
         self.num_features = num_features
+        if hasattr(self, "min_sizes"):
+            self.min_size = self.min_sizes[-1]
         self.norm = nn.Identity() if norm_layer is None else norm_layer(num_features, **dd)
         self.head = ClassifierHead(
             num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd)
@@ -132,6 +139,16 @@ class Backbone(nn.Module):
         """The first map of images ``[batch, in_chans, height, width]``."""
         return self.patch_embed(x)
 
+    def first_map(self, x: Tensor) -> Tensor:
+        """:meth:`embed` of images that are large enough for all parts.
+
+        Raises:
+            ValueError: They are smaller than ``min_size``.
+        """
+        if not torch.jit.is_scripting():
+            check_size(x, self.min_size)
+        return self.embed(x)
+
     def run_parts(self, x: Tensor, taken: Collection[int], stop: int) -> tuple[Tensor, list[Tensor]]:
         """Runs the first parts on images, without the final norm.
 
@@ -144,7 +161,7 @@ class Backbone(nn.Module):
             The map after the last of them, and those taken, in the format ``output_fmt``.
         """
         maps = []
-        x = self.embed(x)
+        x = self.first_map(x)
         for i, part in enumerate(getattr(self, self.parts)[:stop]):
             x = part(x)
             if i in taken:
@@ -203,13 +220,15 @@ class Backbone(nn.Module):
             self.norm = nn.Identity()
         if prune_end:
             self.num_features = self.feature_info[max_index]["num_chs"]
+            if hasattr(self, "min_sizes"):
+                self.min_size = self.min_sizes[max_index]
         if prune_head or prune_end:
             self.reset_classifier(0, "")
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Last map after the final norm, in the format ``output_fmt``."""
-        return self.norm(self.stages(self.embed(x)))
+        return self.norm(self.stages(self.first_map(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools and classifies a map of :meth:`forward_features`; ``pre_logits`` stops before the classifier."""
@@ -218,6 +237,14 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[batch, num_classes]`` of images ``[batch, in_chans, height, width]``."""
         return self.forward_head(self.forward_features(x))
+
+
+@register_notrace_function
+def check_size(images: Tensor, least: int) -> None:
+    """Refuses images that are too small; symbolic sizes (export) are not compared, which would limit the program."""
+    height, width = numbers(images.shape[-2:])
+    if any(isinstance(side, int) and side < least for side in (height, width)):
+        raise ValueError(f"images must have at least {least} x {least} pixels for this model, got {height} x {width}")
 
 
 class TokenBackbone(Backbone):
@@ -299,7 +326,7 @@ class TokenBackbone(Backbone):
             The tokens after the last of them, and the maps ``[batch, height, width, dim]``, without prefix tokens.
         """
         maps = []
-        x = self.embed(x)
+        x = self.first_map(x)
         height, width = x.shape[1], x.shape[2]
         x = self.as_tokens(x)
         for i, block in enumerate(self.blocks[:stop]):
@@ -342,7 +369,7 @@ class TokenBackbone(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the final norm, the prefix tokens first: ``[batch, prefix + height * width, num_features]``."""
-        x = self.embed(x)
+        x = self.first_map(x)
         height, width = x.shape[1], x.shape[2]
         x = self.as_tokens(x)
         for block in self.blocks:

@@ -2,8 +2,7 @@
 import argparse
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
@@ -13,9 +12,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "build_model", "cfg", "tensors_only"]
+__all__ = ["CheckpointError", "build_model", "cfg"]
 
 StateDict = dict[str, Tensor]
+
+# torch.load and timm unpickle nothing but tensors and plain containers. Authors save their options beside them, as
+# argparse's namespaces and yacs's nodes; these are data too, and the latter come out as dicts, without a look at yacs.
+torch.serialization.add_safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")])
 
 
 class CheckpointError(RuntimeError):
@@ -70,35 +73,16 @@ def build_model(
         return renamed
 
     try:
-        with tensors_only():
-            return build_model_with_cfg(
-                construct, variant, pretrained,
-                pretrained_filter_fn=rename_and_check,
-                feature_cfg=feature_cfg or dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-                **kwargs | dict(cache_dir=_cache_dir(variant, **kwargs)),
-            )
+        return build_model_with_cfg(
+            construct, variant, pretrained,
+            pretrained_filter_fn=rename_and_check,
+            feature_cfg=feature_cfg or dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+            **kwargs | dict(cache_dir=_cache_dir(variant, **kwargs)),
+        )
     except Exception as error:
         if model is None or not reading or not (message := _reading_error(error, variant, model.pretrained_cfg)):
             raise
         raise CheckpointError(message) from None
-
-
-@contextmanager
-def tensors_only() -> Iterator[None]:
-    """Lets torch.load unpickle nothing but tensors, plain containers and the options that authors save beside them.
-
-    These are argparse's namespaces and yacs's nodes; the latter come out as dicts, without a look at yacs. (Some
-    releases of timm would run a local file's code.)
-    """
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before, os.environ[name] = os.environ.get(name), "1"
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
-            yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def _cache_dir(

@@ -17,6 +17,7 @@ from ..layers.full import attend
 from ..layers.scripting import unscripted
 from ._agent import AgentBackbone, agent_cfg, our_tables
 from ._builder import build_model
+from ._family import Family, Peer, Published
 from ._tables import Grid
 
 __all__ = ["AgentCSwin"]
@@ -191,6 +192,7 @@ class AgentCSwin(AgentBackbone):
             img_size, dims, depths, num_heads, agents, agent_grids, agent_depths, [mlp_ratio] * len(depths),
             downsample=lambda i: Downsample(dims[i - 1], dims[i], 3, stride=2, padding=1, **dd),
             other_attention=stripe_attention, drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, **dd)
+        self.min_sizes = [3] * len(dims)  # of the first convolution, after its padding
         self.finish(dims[-1], num_classes, global_pool, drop_rate, **dd)
 
     @torch.jit.ignore
@@ -198,11 +200,6 @@ class AgentCSwin(AgentBackbone):
         """Height and width of each stage's map for images of ``img_size``."""
         first = [(size - 3) // 4 + 1 for size in img_size]
         return [(-(-first[0] // n), -(-first[1] // n)) for n in (1, 2, 4, 8)]
-
-
-def dense_args(variant: str, task: str) -> dict[str, Any]:
-    """Nothing: the authors have no code of this family for ``"detection"`` or ``"segmentation"``."""
-    return {}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -280,3 +277,14 @@ def test_agent_cswin(pretrained: bool = False, **kwargs: Any) -> AgentCSwin:  # 
         img_size=64, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(2, 4, 4, 8), agents=(3, 4, 4, 2),
         agent_depths=(1, 1, 0, 0), stripe_width=2, mlp_ratio=2.)
     return _create("test_agent_cswin", pretrained, model_args, **kwargs)
+
+
+family = Family(
+    small={"test_agent_cswin": {}},
+    published={
+        "agent_cswin_t": Published(83.1, 4.3), "agent_cswin_s": Published(83.9, 6.8),
+        "agent_cswin_b": Published(84.7, 14.9), "agent_cswin_b_384": Published(85.8, 46.3),
+    },
+    peers=[Peer("agent_cswin_t", "swin_tiny_patch4_window7_224")],
+    checkpoint_filter_fn=checkpoint_filter_fn,
+)

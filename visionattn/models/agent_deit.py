@@ -12,13 +12,25 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import AgentAttention
+from ..layers.full import attend
 from ._agent import agent_cfg, our_tables, set_input_size
 from ._backbone import TokenBackbone
 from ._blocks import TokenBlock
 from ._builder import build_model
+from ._family import Family, Peer, Published
 from ._tables import Grid, PositionEmbedding
 
 __all__ = ["AgentDeiT"]
+
+
+class FullAttention(Attention):
+    """timm's, with second derivatives and forward-mode ones, which PyTorch's fused operator alone has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens ``[B, N, dim]`` to the same."""
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj_drop(self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, C)))
 
 
 class AgentBlock(TokenBlock):
@@ -92,7 +104,7 @@ class AgentDeiT(TokenBackbone):
         def block(i: int) -> nn.Module:
             options = dict(proj_drop=proj_drop_rate, drop_path=drop_paths[i], norm_layer=norm_layer, **dd)
             if i >= agent_depth:
-                attn = Attention(embed_dim, num_heads, qkv_bias=True, proj_drop=proj_drop_rate, **dd)
+                attn = FullAttention(embed_dim, num_heads, qkv_bias=True, proj_drop=proj_drop_rate, **dd)
                 return TokenBlock(embed_dim, attn, mlp_ratio, **options)
             return AgentBlock(embed_dim, AgentAttention(
                 embed_dim, num_heads, size, (agents, agents), agent_grid, num_prefix_tokens=1,
@@ -129,11 +141,6 @@ class AgentDeiT(TokenBackbone):
         """A map of patches ``[batch, height, width, dim]`` as tokens with their positions, after the class token."""
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         return tokens + self.pos_embed(x.shape[1], x.shape[2])
-
-
-def dense_args(variant: str, task: str) -> dict[str, Any]:
-    """Nothing: the authors have no code of this family for ``"detection"`` or ``"segmentation"``."""
-    return {}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -192,3 +199,15 @@ def test_agent_deit(pretrained: bool = False, **kwargs: Any) -> AgentDeiT:  # no
     """Small enough for tests."""
     model_args = dict(img_size=64, embed_dim=48, depth=4, num_heads=3, agents=3, agent_depth=3)
     return _create("test_agent_deit", pretrained, model_args, **kwargs)
+
+
+family = Family(
+    small={"test_agent_deit": {}},
+    published={
+        "agent_deit_t": Published(74.9, 1.2), "agent_deit_s": Published(80.5, 4.4),
+        "agent_deit_s_448": Published(83.1, 17.7), "agent_deit_b": Published(82.0, 17.6),
+    },
+    peers=[Peer("agent_deit_t", "deit_tiny_patch16_224"), Peer("agent_deit_t", "deit_tiny_patch16_224", size=672)],
+    checkpoint_filter_fn=checkpoint_filter_fn,
+    reductions=(16,),
+)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._agent import AgentBackbone, agent_cfg, our_tables
 from ._builder import build_model
+from ._family import Family, Peer, Published
 from ._tables import Grid, PositionEmbedding
 
 __all__ = ["AgentPVT"]
@@ -108,6 +109,7 @@ class AgentPVT(AgentBackbone):
             norm_layer=partial(nn.LayerNorm, eps=1e-6), drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate,
             **dd)
         # Other than PVT, it has no final norm.
+        self.min_sizes = [info["reduction"] for info in self.feature_info]
         self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm_layer=None, **dd)
 
     @torch.jit.ignore
@@ -192,3 +194,15 @@ def test_agent_pvt(pretrained: bool = False, **kwargs: Any) -> AgentPVT:  # noqa
         img_size=64, embed_dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), agents=(3, 4, 4, 2),
         mlp_ratios=(2., 2., 2., 2.))
     return _create("test_agent_pvt", pretrained, model_args, **kwargs)
+
+
+family = Family(
+    small={"test_agent_pvt": {}},
+    published={
+        "agent_pvt_t": Published(78.4, 2.0), "agent_pvt_s": Published(82.2, 4.0), "agent_pvt_m": Published(83.4, 7.0),
+        "agent_pvt_m_256": Published(83.8, 9.2), "agent_pvt_l": Published(83.7, 10.4),
+    },
+    peers=[Peer("agent_pvt_t", "pvt_v2_b1")],
+    dense_args=dense_args,
+    checkpoint_filter_fn=checkpoint_filter_fn,
+)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..layers.full import attend
 from ..layers.scripting import unscripted
+from ..ops.dispatch import numbers, smaller
 from ..ops.kept import keep
 from ._agent import AgentBackbone, agent_cfg, our_tables
 from ._builder import build_model
+from ._family import DenseNorm, Family, Peer, Published
 from ._tables import Grid, resize_rpb
 
 __all__ = ["AgentSwin"]
@@ -73,41 +75,59 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
         windows = self._partition(x)
-        x = self._attend(self.qkv(windows), x.shape[1], x.shape[2])
+        x = self._attend(self.qkv(windows), x.shape[0], x.shape[1], x.shape[2])
         return self.proj_drop(self.proj(x))
 
     @unscripted
     def _partition(self, x: Tensor) -> Tensor:
         """``[B * windows, window_size, window_size, dim]``, each image's windows row by row."""
-        height, width = x.shape[1:3]
+        height, width = numbers(x.shape[1:3])
         padded, shift = _layout((height, width), self.window_size, self.shift, self.always_shift)
-        if padded != (height, width):
+        if not all(isinstance(n, int) for n in padded) or padded != (height, width):
             x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+        if _moves(shift):
+            x = _roll(x, (-shift[0], -shift[1]))
         return window_partition(x, (self.window_size, self.window_size))
 
     @unscripted
-    def _attend(self, qkv: Tensor, height: int, width: int) -> Tensor:
+    def _attend(self, qkv: Tensor, batch: int, height: int, width: int) -> Tensor:
         """Attention within windows of queries, keys and values, and these windows as a map again."""
+        height, width = numbers((height, width))
         padded, shift = _layout((height, width), self.window_size, self.shift, self.always_shift)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         bias = keep("shifted windows", (padded, shift, qkv.dtype), lambda: _bias(self.rpb, padded, shift).to(qkv.dtype),
                     sources=[self.rpb], owner=self)
-        if any(shift):  # a mask of its own for every window
-            bias = bias.expand(qkv.shape[0] // bias.shape[0], -1, -1, -1, -1).flatten(0, 1)
-        x = attend(q, k, v, bias).transpose(1, 2).reshape(*qkv.shape[:3], -1)
+        if _moves(shift):  # a mask of its own for every window
+            bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        x = attend(q, k, v, bias).transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[3] // 3)
         x = window_reverse(x, (self.window_size, self.window_size), *padded)
-        if any(shift):
-            x = x.roll(shift, dims=(1, 2))
+        if _moves(shift):
+            x = _roll(x, shift)
         return x[:, :height, :width]
 
 
+# Sizes may be symbolic (export): they are computed with, but not compared, as the answer would hold for the example's.
+
 def _layout(size: Grid, window: int, shift: int, always_shift: bool) -> tuple[Grid, Grid]:
-    """Height and width of a map once windows fill it, and how far these are shifted."""
+    """Height and width of a map once windows fill it, and how far these are shifted: not along one that spans it."""
     padded = -(-size[0] // window) * window, -(-size[1] // window) * window
-    rows, columns = (shift if always_shift or length > window else 0 for length in padded)
+    rows, columns = (shift if always_shift else smaller(shift, length - window) for length in padded)
     return padded, (rows, columns)
+
+
+def _moves(shift: Grid) -> bool:
+    """Whether windows are, or may be, shifted."""
+    return any(not isinstance(step, int) or step != 0 for step in shift)
+
+
+def _roll(x: Tensor, shift: Grid) -> Tensor:
+    """``x.roll(shift, dims=(1, 2))`` for shifts that may be symbolic."""
+    if all(isinstance(step, int) for step in shift):
+        return x.roll(shift, dims=(1, 2))
+    for axis, step in enumerate(shift, start=1):
+        length = x.shape[axis]
+        x = x.index_select(axis, (torch.arange(length, device=x.device) - step) % length)
+    return x
 
 
 def _bias(table: Tensor, size: Grid, shift: Grid) -> Tensor:
@@ -116,13 +136,14 @@ def _bias(table: Tensor, size: Grid, shift: Grid) -> Tensor:
     position = torch.arange(window, device=table.device)
     offset = position[:, None] - position + window - 1  # query minus key
     bias = table[:, offset[:, None, :, None], offset[None, :, None, :]].flatten(3).flatten(1, 2)[None]
-    if not any(shift):
+    if not _moves(shift):
         return bias
     # The rolled map consists of up to 3 x 3 parts that were no neighbours before.
     parts = []
     for length, step in zip(size, shift, strict=True):
         index = torch.arange(length, device=table.device)
-        parts.append((index >= length - window).int() + (index >= length - step) if step else torch.zeros_like(index))
+        part = (index >= length - window).int() + (index >= length - step)
+        parts.append(part if _moves((step, 0)) else torch.zeros_like(index))
     part = window_partition((parts[0][:, None] * 3 + parts[1])[None, :, :, None], (window, window)).flatten(1)
     apart = part[:, None, :] != part[:, :, None]
     return bias + torch.where(apart[:, None], -100., 0.)
@@ -221,7 +242,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         if key.endswith(".relative_position_bias_table"):
             key = key.replace(".relative_position_bias_table", ".rpb")
             side = round(len(x) ** 0.5)
-            x = x.mT.reshape(-1, side, side)
+            x = x.transpose(-2, -1).reshape(-1, side, side)
         if key in tables and x.ndim == 3 and x.shape != tables[key]:
             x = resize_rpb(x, tables[key][1:])
         renamed[key] = x
@@ -283,3 +304,17 @@ def test_agent_swin(pretrained: bool = False, **kwargs: Any) -> AgentSwin:  # no
         img_size=64, embed_dim=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 4, 8), agents=(3, 4, 4, 2),
         agent_depths=(1, 2, 0, 0), window_size=3, mlp_ratio=2.)
     return _create("test_agent_swin", pretrained, model_args, **kwargs)
+
+
+family = Family(
+    small={"test_agent_swin": {}},
+    published={
+        "agent_swin_t": Published(82.6, 4.5), "agent_swin_s": Published(83.7, 8.7),
+        "agent_swin_s_288": Published(84.1, 14.6), "agent_swin_b": Published(84.0, 15.4),
+        "agent_swin_b_384": Published(84.9, 46.3),
+    },
+    peers=[Peer("agent_swin_t", "swin_tiny_patch4_window7_224")],
+    dense_args=dense_args,
+    dense_norm=DenseNorm("norm", 1e-5),
+    checkpoint_filter_fn=checkpoint_filter_fn,
+)

@@ -23,6 +23,7 @@ from ..layers import BiLevelRoutingAttention, FullAttention
 from ._backbone import Backbone, stage_levels
 from ._blocks import BaseBlock, Stage
 from ._builder import build_model, cfg
+from ._family import DenseNorm, Family, Peer, Published
 
 __all__ = ["BiFormer"]
 
@@ -124,6 +125,8 @@ class BiFormer(Backbone):
             blocks = [Block(dim, attention(dim, topk), mlp_ratio, pos_conv, rate, **dd) for rate in rates]
             stages.append(Stage(_downsample(embed_dims[i - 1], dim, overlap, **dd) if i else nn.Identity(), blocks))
         self.stages = nn.Sequential(*stages)
+        if not overlap:
+            self.min_sizes = [info["reduction"] for info in self.feature_info]
         self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm_layer=nn.BatchNorm2d, **dd)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -260,3 +263,21 @@ def test_biformer(pretrained: bool = False, **kwargs: Any) -> BiFormer:  # noqa:
     """Small enough for tests and for the demo."""
     model_args = dict(depths=(1, 1, 2, 1), embed_dims=(16, 32, 64, 128), head_dim=16)
     return _create_biformer("test_biformer", pretrained, **model_args | kwargs)
+
+
+family = Family(
+    small={
+        "test_biformer": {},
+        "biformer_stl": dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), head_dim=16),
+        "biformer_stl_nchw": dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), head_dim=16),
+    },
+    published={
+        "biformer_tiny": Published(81.4, 2.2), "biformer_small": Published(83.8, 4.5),
+        "biformer_base": Published(84.3, 9.8), "biformer_stl": Published(82.7, 4.6),
+        "biformer_stl_nchw": Published(82.7, 4.6),
+    },
+    peers=[Peer("biformer_tiny", "swin_tiny_patch4_window7_224")],
+    dense_args=dense_args,
+    dense_norm=DenseNorm("extra_norms.", 1e-6),
+    checkpoint_filter_fn=checkpoint_filter_fn,
+)

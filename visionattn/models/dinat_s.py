@@ -11,6 +11,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ._builder import build_model
+from ._family import DenseNorm, Family, Peer, Published
 from .nat import DILATIONS_224, DILATIONS_384, DILATIONS_640, NAT, checkpoint_filter_fn, dinat_cfg
 
 __all__ = ["DiNATs"]
@@ -121,3 +122,17 @@ def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> DiNATs:
 def dinat_s_large_21k(pretrained: bool = False, **kwargs: Any) -> DiNATs:
     """``dinat_s_large`` as pre-trained on ImageNet-22k, 21,841 classes."""
     return _create("dinat_s_large_21k", pretrained, _LARGE, **kwargs)
+
+
+family = Family(
+    small={"dinat_s_tiny": dict(embed_dim=24, depths=(2, 2, 2, 2))},
+    published={
+        "dinat_s_tiny": Published(81.8, 4.5), "dinat_s_small": Published(83.5, 8.7),
+        "dinat_s_base": Published(83.8, 15.4), "dinat_s_large": Published(86.5, 34.5),
+        "dinat_s_large_384": Published(87.4, 101.5),
+    },
+    peers=[Peer("dinat_s_tiny", "swin_tiny_patch4_window7_224")],
+    dense_args=dense_args,
+    dense_norm=DenseNorm("norm", 1e-5),
+    checkpoint_filter_fn=checkpoint_filter_fn,
+)

@@ -20,11 +20,35 @@ from torch import Tensor, nn
 
 from ..layers.cascaded_group import CascadedGroupAttention, resize_bias_table
 from ..layers.conv_norm import ConvNorm, NormLinear
+from ..layers.full import unseen
+from ..ops.dispatch import transforming
 from ._backbone import Backbone, stage_levels
 from ._blocks import BaseBlock, Stage
 from ._builder import build_model, cfg
+from ._family import Family, Peer, Published
 
 __all__ = ["EfficientViTCGA", "dense_args"]
+
+
+def _relu(x: Tensor, producer: nn.Module) -> Tensor:
+    """Of what ``producer`` returned; in place where nobody sees it, for less memory and traffic."""
+    return F.relu(x, inplace=unseen(producer))
+
+
+class Stem(nn.Sequential):
+    """Convolutions with norms, and the ReLUs between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The first map."""
+        if torch.jit.is_scripting():
+            for layer in self:
+                x = layer(x)
+        else:
+            producer: nn.Module = self
+            for layer in self:
+                x = F.relu(x, inplace=unseen(producer, layer)) if type(layer) is nn.ReLU else layer(x)
+                producer = layer
+        return x
 
 
 class Ffn(nn.Module):
@@ -38,7 +62,12 @@ class Ffn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
-        return x + self.fc2(F.relu(self.fc1(x), inplace=True))
+        hidden = self.fc1(x)
+        if torch.jit.is_scripting():
+            hidden = F.relu(hidden)
+        else:
+            hidden = _relu(hidden, self.fc1)
+        return x + self.fc2(hidden)
 
 
 class Block(BaseBlock):
@@ -76,12 +105,16 @@ class PatchMerging(nn.Module):
         self.conv1 = ConvNorm(dim, 4 * dim, **dd)
         self.conv2 = ConvNorm(4 * dim, 4 * dim, 3, stride=2, groups=4 * dim, **dd)
         self.se = SqueezeExcite(4 * dim, rd_ratio=0.25, **dd)
+        self.se.act.inplace = False  # hooks may have been given what it would write over
         self.conv3 = ConvNorm(4 * dim, out_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the smaller map."""
-        x = F.relu(self.conv1(x), inplace=True)
-        x = F.relu(self.conv2(x), inplace=True)
+        if torch.jit.is_scripting():
+            x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        else:
+            x = _relu(self.conv1(x), self.conv1)
+            x = _relu(self.conv2(x), self.conv2)
         return self.conv3(self.se(x))
 
 
@@ -159,9 +192,9 @@ class EfficientViTCGA(Backbone):
         self.feature_info = stage_levels(embed_dims, stride=16)
 
         dims = [in_chans, *(embed_dims[0] // part for part in (8, 4, 2, 1))]
-        self.patch_embed = nn.Sequential(*[
+        self.patch_embed = Stem(*[
             layer for dim, out_dim in pairwise(dims)
-            for layer in (ConvNorm(dim, out_dim, 3, stride=2, **dd), nn.ReLU(inplace=True))][:-1])
+            for layer in (ConvNorm(dim, out_dim, 3, stride=2, **dd), nn.ReLU())][:-1])
         windows = _windows(img_size, window_size, len(depths))
         self.stages = nn.Sequential(*[
             Stage(
@@ -245,6 +278,8 @@ class EfficientViTCGA(Backbone):
     def embed(self, x: Tensor) -> Tensor:
         """The first map of images ``[batch, in_chans, height, width]``."""
         # The one change of layout: all that follows keeps channels last.
+        if not torch.jit.is_scripting() and transforming():  # vmap knows no formats of memory
+            return self.patch_embed(x)
         return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -406,3 +441,20 @@ def efficientvit_cga_m5(pretrained: bool = False, **kwargs: Any) -> EfficientViT
 def test_efficientvit_cga(pretrained: bool = False, **kwargs: Any) -> EfficientViTCGA:  # noqa: PT028 - no pytest function
     """Small enough for tests and for the demo."""
     return _create("test_efficientvit_cga", pretrained, **kwargs)
+
+
+family = Family(
+    small={"test_efficientvit_cga": {}},
+    published={
+        "efficientvit_cga_m0": Published(63.2, 0.079), "efficientvit_cga_m1": Published(68.4, 0.167),
+        "efficientvit_cga_m2": Published(70.8, 0.201), "efficientvit_cga_m3": Published(73.4, 0.263),
+        "efficientvit_cga_m4": Published(74.3, 0.299), "efficientvit_cga_m5": Published(77.1, 0.522),
+    },
+    peers=[
+        Peer("efficientvit_cga_m0", "efficientvit_m0", fused=True, same_weights=True),
+        Peer("efficientvit_cga_m5", "efficientvit_m5", fused=True, same_weights=True),
+    ],
+    dense_args=dense_args,
+    checkpoint_filter_fn=checkpoint_filter_fn,
+    reductions=(16, 32, 64),
+)

@@ -17,6 +17,7 @@ from . import nat
 from ._backbone import Backbone
 from ._blocks import Block
 from ._builder import build_model
+from ._family import Family, Peer, Published
 from ._tables import resize_rpb
 from .nat import dinat_cfg, fit_dilations
 
@@ -153,7 +154,7 @@ class IsotropicTransformer(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Last map after the final norm, ``[batch, height / 16, width / 16, embed_dim]``."""
-        return self.norm(self.blocks(self.embed(x)))
+        return self.norm(self.blocks(self.first_map(x)))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -218,3 +219,16 @@ def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> IsotropicTransforme
 def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> IsotropicTransformer:
     """Full attention: 86.6 M parameters, 17.5 GMACs, published 82.5 % top-1 at 224 px."""
     return _create("vitrpb_base", pretrained, _BASE | dict(kernel_size=None), **kwargs)
+
+
+family = Family(
+    small={"dinat_iso_small": dict(embed_dim=48, depth=4), "vitrpb_small": dict(embed_dim=48, depth=4)},
+    published={
+        "nat_iso_small": Published(80.0, 4.3), "dinat_iso_small": Published(80.8, 4.3),
+        "vitrpb_small": Published(81.2, 4.6), "nat_iso_base": Published(81.6, 16.9),
+        "dinat_iso_base": Published(82.1, 16.9), "vitrpb_base": Published(82.5, 17.5),
+    },
+    peers=[Peer("dinat_iso_small", "vit_small_patch16_224")],
+    checkpoint_filter_fn=checkpoint_filter_fn,
+    reductions=(16,),
+)

@@ -16,6 +16,7 @@ from ..layers import NeighborhoodAttention2d
 from ._backbone import Backbone, stage_levels
 from ._blocks import Block, Stage
 from ._builder import build_model, cfg
+from ._family import DenseNorm, Family, Peer, Published
 from ._tables import resize_rpb
 
 __all__ = ["NAT"]
@@ -322,3 +323,19 @@ def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
 def test_dinat(pretrained: bool = False, **kwargs: Any) -> NAT:  # noqa: PT028 - no test function
     """Small enough for tests."""
     return _create("test_dinat", pretrained, _TEST, **kwargs)
+
+
+family = Family(
+    small={"test_dinat": {}, "nat_small": dict(embed_dim=24, depths=(1, 1, 1, 1))},
+    published={
+        "nat_mini": Published(81.8, 2.7), "nat_tiny": Published(83.2, 4.3), "nat_small": Published(83.7, 7.8),
+        "nat_base": Published(84.3, 13.7), "dinat_mini": Published(81.8, 2.7), "dinat_tiny": Published(82.7, 4.3),
+        "dinat_small": Published(83.8, 7.8), "dinat_base": Published(84.4, 13.7),
+        "dinat_large": Published(86.6, 30.6), "dinat_large_384": Published(87.4, 89.7),
+        "dinat_large_384_11x11": Published(87.5, 92.4),
+    },
+    peers=[Peer("dinat_tiny", "swin_tiny_patch4_window7_224"), Peer("nat_tiny", "swin_tiny_patch4_window7_224")],
+    dense_args=dense_args,
+    dense_norm=DenseNorm("norm", 1e-5),
+    checkpoint_filter_fn=checkpoint_filter_fn,
+)

@@ -19,6 +19,7 @@ from ..layers import FullAttention, KMeansRoutingAttention
 from ._backbone import Backbone, stage_levels
 from ._blocks import Block, Stage
 from ._builder import build_model, cfg
+from ._family import Family, Peer
 
 __all__ = ["RoutingViT"]
 
@@ -185,3 +186,10 @@ def test_routing_vit(pretrained: bool = False, **kwargs: Any) -> RoutingViT:  # 
     """Small enough for tests."""
     defaults = dict(depths=(1, 1, 2, 1), embed_dims=(16, 32, 64, 128), num_clusters=(16, 8, 4, None), head_dim=16)
     return _create("test_routing_vit", pretrained, defaults, **kwargs)
+
+
+family = Family(
+    small={"test_routing_vit": {}},
+    peers=[Peer("routing_vit_tiny", "swin_tiny_patch4_window7_224")],
+    checkpoint_filter_fn=checkpoint_filter_fn,
+)
