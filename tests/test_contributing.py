@@ -34,8 +34,8 @@ def run(folder, *argv):
 def test_it_is_registered_and_listed(checkout):
     said = run(checkout, "-m", "visionattn", "list", "--family", "toy")
     assert [line.split()[0] for line in said.splitlines()[1:]] == ["test_toy", "toy_s12"]
-    assert run(checkout, "-c", "import timm, visionattn; print(timm.is_model('toy_s12'), visionattn.__file__)").split() == [
-        "True", str(checkout / "visionattn" / "__init__.py")]
+    said = run(checkout, "-c", "import timm, visionattn; print(timm.is_model('toy_s12'), visionattn.__file__)")
+    assert said.split() == ["True", str(checkout / "visionattn" / "__init__.py")]
 
 
 FITS = {

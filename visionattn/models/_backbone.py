@@ -10,10 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import ClassifierHead, register_notrace_function, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..ops.dispatch import numbers
 
@@ -239,9 +240,10 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-@register_notrace_function
 def check_size(images: Tensor, least: int) -> None:
     """Refuses images that are too small; symbolic sizes (export) are not compared, which would limit the program."""
+    if isinstance(images, Proxy):  # of a graph, which is for any size
+        return
     height, width = numbers(images.shape[-2:])
     if any(isinstance(side, int) and side < least for side in (height, width)):
         raise ValueError(f"images must have at least {least} x {least} pixels for this model, got {height} x {width}")
@@ -250,7 +252,7 @@ def check_size(images: Tensor, least: int) -> None:
 class TokenBackbone(Backbone):
     """A backbone of blocks on tokens of one resolution, prefix tokens (a class token) first.
 
-    A subclass has what a :class:`Backbone` has, ``num_prefix_tokens``, and says in :meth:`as_tokens` how a map of
+    A subclass has what a :class:`Backbone` has, and says in :meth:`as_tokens` how a map of
     patches becomes tokens. Its ``blocks`` are an ``nn.ModuleList``; each takes tokens, height and width of the map. If
     tokens go another way through the blocks (some are dropped, or handed to later blocks) it overrides
     :meth:`run_parts`, which returns whole maps, and :meth:`forward_features`.
@@ -258,7 +260,6 @@ class TokenBackbone(Backbone):
 
     parts = "blocks"
     output_fmt = "NLC"
-    num_prefix_tokens = 1
     if TYPE_CHECKING:
         blocks: Any
 
@@ -269,6 +270,7 @@ class TokenBackbone(Backbone):
             global_pool: str,
             drop_rate: float,
             norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
+            num_prefix_tokens: int = 1,
             **dd: Any,
     ) -> None:
         """Adds the final norm and the head, and draws the weights.
@@ -280,9 +282,11 @@ class TokenBackbone(Backbone):
                 tokens after the prefix; "", all tokens.
             drop_rate: Dropout rate before the classifier.
             norm_layer: Makes the final norm; None for none.
+            num_prefix_tokens: Class tokens and the like, before those of the map.
             dd: Device and dtype of the parameters.
         """
         self.norm = nn.Identity() if norm_layer is None else norm_layer(num_features, **dd)
+        self.num_prefix_tokens = num_prefix_tokens
         self.global_pool = global_pool
         self.head_drop = nn.Dropout(drop_rate)
         self.num_features = self.head_hidden_size = num_features

@@ -26,7 +26,7 @@ __all__ = ["AgentDeiT"]
 class FullAttention(Attention):
     """timm's, with second derivatives and forward-mode ones, which PyTorch's fused operator alone has not."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens ``[B, N, dim]`` to the same."""
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)

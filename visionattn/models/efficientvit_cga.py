@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from math import isqrt
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -278,12 +278,14 @@ class EfficientViTCGA(Backbone):
     def embed(self, x: Tensor) -> Tensor:
         """The first map of images ``[batch, in_chans, height, width]``."""
         # The one change of layout: all that follows keeps channels last.
-        if not torch.jit.is_scripting() and transforming():  # vmap knows no formats of memory
-            return self.patch_embed(x)
-        return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        if torch.jit.is_scripting():
+            x = x.contiguous(memory_format=torch.channels_last)
+        elif not transforming():  # vmap knows no formats of memory
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.patch_embed(x)
 
 
-def dense_args(variant: str, task: Literal["detection", "segmentation"]) -> dict[str, Any]:
+def dense_args(variant: str, task: str) -> dict[str, Any]:
     """Constructor arguments of the backbone for dense tasks: windows of 7 in every stage, as in the authors' detectors.
 
     The classification weights fit: the tables of the last stage, made for windows of 4, are interpolated. The authors

@@ -269,7 +269,8 @@ def _symbolic() -> bool:
     return exporting() and not torch.jit.is_tracing()
 
 
-_FEW_SYMBOLS = torch.__version__ < (2, 10)  # Dynamo has no sym_max of two numbers, and cannot tell these from symbols
+# Dynamo has no sym_max of two numbers, and cannot tell these from symbols.
+_FEW_SYMBOLS = torch.__version__ < (2, 10)  # type: ignore[operator]
 
 
 # What all calls have in common.

@@ -109,7 +109,7 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[in
 
 
 def _is_size(size: Any) -> bool:
-    return isinstance(size, (int, torch.SymInt)) and size >= 1
+    return isinstance(size, (int, torch.SymInt)) and bool(size >= 1)
 
 
 def _check_routes(routes: Tensor, q: Tensor, grid: tuple[int, int], route_weights: Tensor | None) -> None:
