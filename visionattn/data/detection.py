@@ -1,5 +1,4 @@
 """What the detection data have in common, whatever format their boxes come in: checks, targets, loaders."""
-import math
 import os
 import pickle
 import unicodedata
@@ -323,7 +322,7 @@ class Object(NamedTuple):
     box: tuple[float, float, float, float]  # left, top, right, bottom
     area: float | None  # None: of the mask, or of the box
     crowd: bool
-    segmentation: Any  # polygons as lists of numbers, an RLE as pycocotools has it, or None
+    segmentation: Any  # what segmentation_of returned, or None
 
 
 class Record(NamedTuple):
@@ -514,10 +513,11 @@ def _fifth(records: list[Record]) -> list[int]:
 
 def _box(box: Any, size: tuple[int, int], shares: bool) -> tuple[tuple[float, float, float, float] | None, str]:
     """Edges of a ``[left, top, width, height]``, cut to the image, and what is wrong with it; None: unusable."""
-    values = [number(value) for value in box] if isinstance(box, (list, tuple)) else []
-    if len(values) != 4 or not all(value is not None and math.isfinite(value) for value in values):
+    numbers = [number(value) for value in box] if isinstance(box, (list, tuple)) else []
+    values = [value for value in numbers if value is not None]
+    if len(values) != 4 or len(numbers) != 4:
         return None, "its bbox is not four numbers"
-    x, y, w, h = (float(value) for value in values)  # type: ignore[arg-type]
+    x, y, w, h = values
     if w <= 0 or h <= 0:
         return None, EDGELESS
     if not shares and min(size) > 2 and min(x, y) >= 0 and max(x, y, w, h) <= 1.001 and not all(

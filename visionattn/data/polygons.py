@@ -32,8 +32,8 @@ def segmentation_of(
         scale: What coordinates are multiplied by.
 
     Returns:
-        * the polygons as lists of numbers, cut where they reach far out of the image, or an RLE as pycocotools has
-          it; None if it cannot be used;
+        * the polygons as the bytes of float64 numbers, cut where they reach far out of the image, or an RLE as
+          pycocotools has it; None if it cannot be used;
         * left, top, width and height of the polygons or of the RLE, if it can be used;
         * what is wrong with it, or nothing;
         * what was mended, or nothing.
@@ -44,11 +44,12 @@ def segmentation_of(
     polygons, fault, mended = _polygons(value)
     if fault:
         return None, None, fault, ""
-    polygons = [polygon * np.tile(scale, len(polygon) // 2) for polygon in polygons]
-    points = np.concatenate(polygons).reshape(-1, 2)
-    if np.abs(points).max() > 1e10:
-        return None, None, "its segmentation has coordinates that no image has", ""
+    if scale != (1, 1):
+        polygons = [polygon * np.tile(scale, len(polygon) // 2) for polygon in polygons]
+    points = (polygons[0] if len(polygons) == 1 else np.concatenate(polygons)).reshape(-1, 2)
     (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+    if max(-left, -top, right, bottom) > 1e10:
+        return None, None, "its segmentation has coordinates that no image has", ""
     extent = [left, top, right - left, bottom - top]
     if left >= size[0] or top >= size[1] or right <= 0 or bottom <= 0:
         return None, extent, "its segmentation lies outside the image", ""
@@ -59,15 +60,17 @@ def segmentation_of(
         if not polygons:
             return None, extent, "its segmentation lies outside the image", ""
         mended = "its segmentation reaches far out of the image"
-    if sum(map(_length, polygons)) > 64 * sum(size) + size[0] * size[1] / 8:
+    longest = 64 * sum(size) + size[0] * size[1] / 8
+    if len(points) * max(extent[2:]) > longest and sum(map(_length, polygons)) > longest:
         return None, extent, "the outline of its segmentation is longer than any in its image", ""
-    return [polygon.tolist() for polygon in polygons], extent, "", mended
+    return [polygon.tobytes() for polygon in polygons], extent, "", mended
 
 
 def mask_of(segmentation: Any, size: tuple[int, ...]) -> np.ndarray:
     """The mask ``[H, W]`` uint8 of what ``segmentation_of`` returned for an image of ``size`` (height, width)."""
     if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects(segmentation, *size))
+        polygons = [np.frombuffer(polygon).tolist() for polygon in segmentation]
+        segmentation = rle.merge(rle.frPyObjects(polygons, *size))
     return rle.decode(segmentation)
 
 
