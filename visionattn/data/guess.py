@@ -111,9 +111,11 @@ def _yolo(root: Path, files: list[Path], images: list[Path]) -> DataKind | None:
 def _masks(root: Path, images: list[Path]) -> DataKind | None:
     parts = [{part.lower() for part in file.relative_to(root).parts[:-1]} for file in images]
     layouts = {"cityscapes": ("leftimg8bit", "gtfine"), "voc": ("jpegimages", "segmentationclass")}
+    # CVAT's masks look like VOC's and have classes and colours of their own.
+    voc = (root / "ImageSets" / "Segmentation").is_dir() and not (root / "labelmap.txt").is_file()
     for layout, folders in layouts.items():
         if all(any(folder in names for names in parts) for folder in folders) and (
-                layout == "cityscapes" or (root / "ImageSets" / "Segmentation" / "train.txt").is_file()):
+                layout == "cityscapes" or voc):
             return DataKind("segmentation", "SegmentationFolderData", {"root": str(root), "layout": layout},
                             f"it has the folders {' and '.join(folders)}")
     plain = {"root": str(root)}
