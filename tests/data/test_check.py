@@ -172,6 +172,7 @@ def test_the_task_chooses_between_annotations(tmp_path):
     for index in range(6):
         write_mask(tmp_path / "SegmentationClass" / f"{index}.png")
     (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("0\n1\n")
     assert guess_data(tmp_path).module == "VocData"
     kind = guess_data(tmp_path, "segmentation")
     assert (kind.module, kind.arguments["layout"]) == ("SegmentationFolderData", "voc")

@@ -408,7 +408,7 @@ def test_shared_images_of_training_and_validation_are_counted(tmp_path, content,
     train = json.loads(json.dumps(content))
     train["images"] = [image | {"file_name": f"copy{image['id']}.png"} for image in train["images"][:2]]
     _make(tmp_path, content, stage="fit", train=train)
-    assert "2 of the 3 val images are training images too" in said.text
+    assert "2 of 3 val images are training images too" in said.text
 
 
 def test_unreadable_images_are_skipped_and_listed(tmp_path, content):

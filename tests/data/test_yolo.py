@@ -282,7 +282,7 @@ def test_nothing_to_read(tmp_path):
 def test_shared_images_are_counted(tmp_path, said):
     (_write(tmp_path) / "data.yaml").write_text(YAML.replace("images/val", "images/train"))
     _make(tmp_path)
-    assert "3 of the 3 val images are training images too" in said.text
+    assert "3 of 3 val images are training images too" in said.text
 
 
 def test_system_files_and_loops(tmp_path):

@@ -28,7 +28,7 @@ from .reading import (
     find_faults,
     find_images,
     read_image,
-    shared_files,
+    say_shared,
 )
 from .report import DataReport, SplitReport
 from .splits import split_of, visible_files
@@ -158,9 +158,11 @@ class DetectionData(LoadedData):
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": predicted}[stage]:
             if split not in self.records:
                 self._list_split(split)
-        if stage == "fit":
-            for split in ("val", "test"):
-                self._warn_of_shared(split)
+        if stage == "fit" and self.verify:
+            files = {split: [Path(record.file) for record in records] for split, records in self.records.items()
+                     if split != "test" or self._has("test")}
+            for split in sorted({"val", "test"} & set(files)):
+                say_shared(split, files[split], files["train"])
 
     def train_dataloader(self) -> DataLoader:
         """Training images in random size, shuffled."""
@@ -304,15 +306,6 @@ class DetectionData(LoadedData):
         if area is not None and not 0 <= area <= width * height:
             area = None
         return Object(thing.label, edges, area, thing.crowd, segmentation if self.masks else None)
-
-    def _warn_of_shared(self, split: str) -> None:
-        if split not in self.report.splits or not self._has(split):
-            return
-        found = shared_files(*(
-            [Path(record.file) for record in self.records[name]] for name in (split, "train")))
-        if found:
-            rank_zero_info(f"Warning: {len(found)} of the {len(self.records[split])} {split} images are training "
-                           f"images too, such as {found[0]}: what is measured on them says little.")
 
 
 class Object(NamedTuple):
