@@ -189,3 +189,15 @@ def test_nothing_known(tmp_path):
     write_classes(tmp_path)
     with pytest.raises(ValueError, match="holds nothing for detection that is known"):
         guess_data(tmp_path, "detection")
+
+
+@pytest.mark.parametrize("kind", ["ImageFolderData", "YoloData"])
+def test_names_that_are_no_text(tmp_path, said, kind):
+    KINDS[kind](tmp_path / "photos")
+    good = min((tmp_path / "photos").rglob("*.jpg"))
+    (good.parent / "\udcff\udce4.jpg").write_bytes(good.read_bytes())
+    (good.parent / "\udcfe.jpg").write_bytes(b"no image")
+    code, text = said(tmp_path)
+    assert code == 1
+    assert "\\udcfe.jpg" in text
+    assert "\\udcfe.jpg" in (tmp_path / "out" / "left_out.csv").read_text()

@@ -2,6 +2,7 @@
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,15 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{out} lies in {args.path}: its picture would be taken for data; name another folder by "
                          "--out")
     kind = guess_data(args.path, args.task)
-    print(f"{args.path}: {kind.task}, read by {kind.module}: {kind.why}.", flush=True)
+    _say(f"{args.path}: {kind.task}, read by {kind.module}: {kind.why}.")
     module, error = check(kind, **args.options)
     if module.report.splits:
-        print(module.report.text())
+        _say(module.report.text())
     faults = _list_faults(module, out)
     if error:
         raise error
     contact_sheet(module).save(out / "sheet.png")
-    print(f"Pictures of the training images are in {out / 'sheet.png'}.")
+    _say(f"Pictures of the training images are in {out / 'sheet.png'}.")
     return int(bool(faults))
 
 
@@ -111,6 +112,12 @@ def _read(constructor: Any, arguments: dict[str, Any]) -> tuple[LoadedData, Exce
     return module, errors[-1] if errors else None
 
 
+def _say(text: str) -> None:
+    """Prints names of files too that are no text."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 def _list_faults(module: LoadedData, out: Path) -> int:
     """Says and writes what is left out or mended; returns how much."""
     out.mkdir(parents=True, exist_ok=True)
@@ -118,10 +125,10 @@ def _list_faults(module: LoadedData, out: Path) -> int:
         (out / name).unlink(missing_ok=True)
     faults = [(split, *fault) for split, part in module.report.splits.items() for fault in part.left_out]
     for split, what, why, became in faults[:SHOWN]:
-        print(f"{split}: {what}: {why}: {became}")
+        _say(f"{split}: {what}: {why}: {became}")
     if faults:
         module.report.write(out / "left_out.csv")
-        print(f"{module.report.left_out()} files or records are left out or mended; {out / 'left_out.csv'} lists them.")
+        _say(f"{module.report.left_out()} files or records are left out or mended; {out / 'left_out.csv'} lists them.")
     return len(faults)
 
 
