@@ -195,6 +195,26 @@ def test_postscript_is_not_run(tmp_path):
     assert "PostScript" in decoding_fault(file)
 
 
+@pytest.mark.parametrize(("ending", "mode"), [
+    ("jpg", "RGB"), ("png", "RGB"), ("png", "P"), ("tiff", "RGB"), ("tiff", "F"), ("webp", "RGB"), ("gif", "P")])
+def test_damaged_files_are_refused_or_read(tmp_path, ending, mode):
+    random = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    file = tmp_path / f"a.{ending}"
+    Image.fromarray(SEEN).convert(mode).save(file, **({"exif": exif} if mode == "RGB" else {}))
+    whole = np.frombuffer(file.read_bytes(), np.uint8)
+    for _ in range(60):
+        damaged = whole.copy()
+        damaged[random.integers(0, min(len(whole), 300), 4)] = random.integers(0, 256, 4)
+        file.write_bytes(damaged[:random.integers(1, len(whole))].tobytes())
+        assert Decoding().look(file, decode=True).fault or _read(file).ndim == 3
+        try:
+            assert orientation_of(file) in range(1, 9)
+        except ValueError as error:
+            assert str(error)  # noqa: PT017
+
+
 @pytest.mark.parametrize("options", [
     dict(value_range="auto"), dict(value_range=(1, 0)), dict(value_range=(0, 1, 2)), dict(max_pixels=0)])
 def test_bad_options(options):

@@ -149,12 +149,12 @@ def orientation_of(file: Path) -> int:
     """The orientation tag of a photo: 1 (as it lies in the file, also without a tag) to 8.
 
     Raises:
-        ValueError: It is no image.
+        ValueError: It cannot be read.
     """
     try:
         with Image.open(file) as image:
             return tag_of(image)
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # whatever a damaged file makes a decoder raise
         raise ValueError(reason_of(error)) from error
 
 
