@@ -212,6 +212,17 @@ def test_links_end_and_bring_nothing_twice(tmp_path, target):
     assert _counts(_make(tmp_path)) == {"train": expected, "val": 6}
 
 
+@pytest.mark.parametrize("place", ["train/all", "all", "val/all"])
+@pytest.mark.parametrize("target", ["..", ".", "../.."])
+def test_links_among_classes_and_splits_end(tmp_path, place, target):
+    root = tmp_path / "a" / "photos"
+    write_classes(root / "train")
+    write_classes(root / "val", count=2)
+    (root / place).symlink_to(target, target_is_directory=True)
+    data = _make(root)
+    assert (data.class_names, _counts(data)) == (["cat", "dog", "emu"], {"train": 12, "val": 6})
+
+
 def test_linked_classes_and_images_are_read(tmp_path):
     write_classes(tmp_path / "disk")
     (tmp_path / "root" / "train").mkdir(parents=True)

@@ -51,9 +51,10 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def visible_folders(folder: Path) -> list[Path]:
-    """The folders in ``folder``, sorted, without hidden ones and those of operating systems."""
+    """The folders in ``folder``, sorted, without hidden ones, those of operating systems and links to parents."""
     with os.scandir(folder) as entries:
-        return sorted(Path(entry.path) for entry in entries if is_visible(entry.name) and entry.is_dir())
+        found = [entry for entry in entries if is_visible(entry.name) and entry.is_dir()]
+    return sorted(Path(entry.path) for entry in found if not (entry.is_symlink() and _is_loop(entry.path)))
 
 
 def is_visible(name: str) -> bool:
@@ -84,8 +85,13 @@ def visible_files(folder: Path) -> Iterator[Path]:
             links += [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
         while links and not tops:
             link = links.pop(0)
-            if not Path(os.path.realpath(link.parent)).is_relative_to(os.path.realpath(link)):
+            if not _is_loop(link):
                 tops.append(link)
+
+
+def _is_loop(link: str | Path) -> bool:
+    """Whether a link leads to a folder that holds it."""
+    return Path(os.path.realpath(Path(link).parent)).is_relative_to(os.path.realpath(link))
 
 
 def _give_up(error: OSError) -> None:
