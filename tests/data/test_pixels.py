@@ -189,6 +189,16 @@ def test_sixteen_bit_tiff_in_colours_and_signed(tmp_path, kind):
         assert "integers of an unknown range from 25700 to 25700" in header_fault(file)
 
 
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "it is empty"), (b"  <!DOCTYPE html><html>", "it is a web page"), (b"%PDF-1.7", "it is a PDF file"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0", "it is a HEIC file"), (b"text", "it is no image or damaged"),
+    (b"version https://git-lfs.github.com/spec/v1", "it is a pointer of Git LFS"),
+])
+def test_files_with_the_name_of_an_image_are_told_by_their_content(tmp_path, content, message):
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert message in header_fault(tmp_path / "a.jpg")
+
+
 def test_postscript_is_not_run(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
     file = (tmp_path / "a.eps").rename(tmp_path / "a.jpg")

@@ -158,7 +158,7 @@ def read_mask(file: Path, colors: bool = False, decoding: Decoding = AS_SEEN) ->
             values = np.array(image)
             colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3) if image.mode == "P" else None
     except Exception as error:  # whatever a damaged file makes a decoder raise
-        raise UnusableMask("the mask cannot be read", reason_of(error)) from error
+        raise UnusableMask("the mask cannot be read", reason_of(error, file)) from error
     if values.ndim == 3:
         if not colors and (values == values[..., :1]).all():
             return Mask(np.ascontiguousarray(values[..., 0]), False, lossy)

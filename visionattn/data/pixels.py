@@ -75,7 +75,7 @@ class Decoding(NamedTuple):
                 if decode or image.mode.startswith(DEEP):
                     self._rgb(image)
         except Exception as error:  # whatever a damaged file makes a decoder raise
-            return Look(reason_of(error))
+            return Look(reason_of(error, file))
         return Look("", size[::-1] if tag > 4 and image.format != "TIFF" else size, animated)
 
     def read(self, file: Path) -> Image.Image:
@@ -89,7 +89,7 @@ class Decoding(NamedTuple):
                 tag = tag_of(image)
                 rgb = self._rgb(image)
         except Exception as error:
-            raise ValueError(reason_of(error)) from error
+            raise ValueError(reason_of(error, file)) from error
         return rgb if image.format == "TIFF" else turned(rgb, tag)  # Pillow turns TIFF files
 
     def open(self, file: Path) -> Image.Image:
@@ -155,7 +155,7 @@ def orientation_of(file: Path) -> int:
         with Image.open(file) as image:
             return tag_of(image)
     except Exception as error:  # whatever a damaged file makes a decoder raise
-        raise ValueError(reason_of(error)) from error
+        raise ValueError(reason_of(error, file)) from error
 
 
 def turned(image: Image.Image, tag: int) -> Image.Image:
@@ -174,12 +174,29 @@ def tag_of(image: Image.Image) -> int:
     return tag if tag in TURNS else 1
 
 
-def reason_of(error: Exception) -> str:
-    """What a decoder's error says, in a user's words."""
+def reason_of(error: Exception, file: Path) -> str:
+    """What a decoder's error about a file says, in a user's words."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, Image.DecompressionBombError):
         return "it has more pixels than max_pixels allows: " + str(error).partition(",")[0]
     if isinstance(error, OSError) and "cannot identify image file" in str(error):
-        return "it is no image or damaged"
+        return _content(file)
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _content(file: Path) -> str:
+    """What a file is that is no image, by its first bytes."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(512).lstrip().lower()
+    except OSError:
+        head = b"?"
+    if not head:
+        return "it is empty"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "it is a HEIC file, which cannot be decoded: convert it to JPEG or PNG"
+    kinds = {b"<!doctype html": "a web page", b"<html": "a web page", b"%pdf": "a PDF file", b"<svg": "an SVG file",
+             b"<?xml": "an XML file", b"version https://git-lfs": "a pointer of Git LFS, not the file itself"}
+    found = next((kind for start, kind in kinds.items() if head.startswith(start)), "no image or damaged")
+    return f"it is {found}"
