@@ -145,7 +145,7 @@ def test_ids_that_are_no_numbers(tmp_path, content):
 ])
 def test_a_category_without_objects_is_no_class(tmp_path, content, said, root):
     content["categories"].append(root)
-    data = _make(tmp_path, content, stage="fit", train=content)
+    data = _make(tmp_path, content, stage="fit", train=content, train_images="val")
     assert (data.class_names, data.category_ids, data.num_classes) == (["cat", "dog"], [12, 30], 2)
     assert f"no object in any split: {root['name']}" in said.text
     assert _targets(data)[0]["labels"].tolist() == [2, 1]
@@ -154,7 +154,7 @@ def test_a_category_without_objects_is_no_class(tmp_path, content, said, root):
 def test_a_category_with_objects_in_training_only_is_a_class(tmp_path, content):
     train = json.loads(json.dumps(content))
     content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 30]
-    data = _make(tmp_path, content, stage="fit", train=train)
+    data = _make(tmp_path, content, stage="fit", train=train, train_images="val")
     assert data.class_names == ["cat", "dog"]
     assert "val has no objects of 'cat'" in data.report.text()
 
@@ -340,6 +340,7 @@ LAYOUTS = {
     "images by split": ("annotations/{split}.json", "images/{split}"),
     "all images together": ("annotations/{split}.json", "images"),
     "images within the split": ("{split}/annotations.json", "{split}/images"),
+    "wrapped": ("my set v3/annotations/{split}.json", "my set v3/images/{split}"),
 }
 
 
@@ -364,6 +365,23 @@ def test_splits_are_found_in_any_usual_spelling(tmp_path, layout, spelling):
         data.setup(stage)
     assert {split: len(records) for split, records in data.records.items()} == {"train": 3, "val": 2, "test": 1}
     assert all(len(loader) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()))
+    if layout != "all images together":
+        for place, split in enumerate(("train", "val", "test")):
+            assert all(spelling.split()[place].lower() in record.file.lower() for record in data.records[split])
+
+
+@pytest.mark.parametrize("change", [str.upper, lambda name: name.removesuffix(".png"), lambda name: f"C:\\x\\{name}"])
+def test_images_of_one_name_in_two_splits_are_told_apart(tmp_path, change):
+    """Also where their names in the files are not quite right."""
+    for split in ("train", "val"):
+        content = coco_content(tmp_path / "images" / split)
+        for image in content["images"]:
+            image["file_name"] = change(image["file_name"])
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    data = CocoData(str(tmp_path), num_workers=0)
+    data.setup("fit")
+    for split in ("train", "val"):
+        assert all(f"images/{split}/" in record.file for record in data.records[split])
 
 
 @pytest.mark.parametrize("file", [
@@ -448,3 +466,11 @@ def test_test_images_without_annotations_are_not_tested(tmp_path, content):
     data = CocoData(str(tmp_path), num_workers=0)
     data.setup("test")
     assert data.records["test"] is data.records["val"]
+
+
+def test_a_missing_image_is_not_taken_from_another_split(tmp_path, content):
+    (tmp_path / "train").mkdir()
+    for image in content["images"][:2]:
+        (tmp_path / "val" / image["file_name"]).rename(tmp_path / "train" / image["file_name"])
+    with pytest.raises(ValueError, match=r"train.json: image 9: .*9.png: there is no such file"):
+        _make(tmp_path, content | {"images": content["images"][2:], "annotations": []}, stage="fit", train=content)

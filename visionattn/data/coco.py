@@ -1,13 +1,13 @@
 """Detection data in COCO's JSON format, as the many tools that export it write it: boxes and instance masks."""
 import json
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from .detection import DetectionData, Finder, Listed, Thing, walk
+from .detection import DetectionData, Finder, Listed, Thing, split_of_path, walk
 from .pixels import MAX_PIXELS
 from .polygons import number
 from .reading import Faults
@@ -180,16 +180,27 @@ class CocoData(DetectionData):
     def _image_folder(self, split: str) -> Path:
         """The folder that the names in a file start from: the first of the likely ones that has one of the images."""
         beside = self._json[split].parent
-        folders = _folders(self.root)
-        of_split = [folder for folder in folders if split_of(folder.name) == split]
-        likely = [*of_split, *(folder / "images" for folder in of_split), beside, beside / "images", self.root,
-                  *folders]
-        for image in self._content(split)["images"][:20]:
-            name = str(image.get("file_name")).replace("\\", "/")
-            for folder in likely:
+        bases = [folder for folder in (beside, beside.parent, self.root) if folder.is_relative_to(self.root)]
+        folders = dict.fromkeys([*bases, *(folder for base in bases for folder in _folders(base))])
+        of_split: list[Path] = []
+        of_none: list[Path] = []  # a folder that is called after another split is in neither
+        for folder in folders:
+            spoken = [found for part in folder.relative_to(self.root).parts if (found := split_of(part))]
+            if not spoken or spoken[0] == split:
+                (of_split if spoken else of_none).append(folder)
+        names = [str(image.get("file_name")).replace("\\", "/") for image in self._content(split)["images"][:20]]
+        for name in names:
+            for folder in of_split + of_none:
                 if os.path.isfile(folder / name):
                     return folder
+        for finder in map(Finder, of_split):  # by a name that is not quite right
+            if any(finder.find(name)[0].is_file() for name in names):
+                return finder.folder
         return self.root
+
+    def _of_other(self, file: Path, split: str) -> bool:
+        """Whether a file is in a folder of another split."""
+        return file.is_relative_to(self.root) and split_of_path(file, self.root) not in (None, split)
 
     def _listed(self, split: str, faults: Faults) -> list[Listed]:
         named = self._folders[split]
@@ -200,7 +211,7 @@ class CocoData(DetectionData):
         del self._contents[split]
         if split != self._first:
             self._check_names(split)
-        images, joined = _images(content["images"], folder, faults)
+        images, joined = _images(content["images"], folder, faults, lambda file: self._of_other(file, split))
         label_of_name = {name: label for label, name in enumerate(self.class_names, start=1)}
         labels = {category: label_of_name[name] for category, name in self._categories[split].items()
                   if name in label_of_name}
@@ -330,12 +341,15 @@ def _categories(content: dict[str, Any], file: Path) -> dict[int, str]:
 
 
 def _images(
-        records: list[dict[str, Any]], folder: Path,
-        faults: Faults) -> tuple[dict[int | str, Listed], dict[int | str, int | str]]:
-    """The images by id, and for those that are joined with another of the same file, its id."""
+        records: list[dict[str, Any]], folder: Path, faults: Faults,
+        foreign: Callable[[Path], bool]) -> tuple[dict[int | str, Listed], dict[int | str, int | str]]:
+    """The images by id, and for those that are joined with another of the same file, its id.
+
+    A file that is not of a record's exact name is taken unless it is ``foreign``.
+    """
     images: dict[int | str, Listed] = {}
     joined: dict[int | str, int | str] = {}
-    finder, by_file, guessed = Finder(folder), dict[str, int | str](), list[tuple[int | str, str]]()
+    finder, by_file = Finder(folder), dict[str, int | str]()
     for place, image in enumerate(records):
         key, name, shape = _key(image.get("id")), image.get("file_name"), (image.get("width"), image.get("height"))
         if key is None or not isinstance(name, str) or not name:
@@ -351,12 +365,12 @@ def _images(
             faults.add(f"image {key}", "two images have this id", f"{other} and {name}")
             continue
         file, exact = finder.find(name)
+        if not exact and foreign(file):
+            file = folder / _plain(name)
         first = by_file.setdefault(os.path.normpath(file), key)
         size = None if not all(sides) else sides
         if first == key:
             images[key] = Listed(key, name, file, size, [])  # type: ignore[arg-type]
-            if not exact:
-                guessed.append((key, name))
         elif _plain(images[first].name) != _plain(name) and not exact:
             # Another image has this file with better right.
             images[key] = Listed(key, name, folder / _plain(name), size, [])  # type: ignore[arg-type]
