@@ -248,3 +248,11 @@ def test_trains_through_the_command_line(tmp_path, monkeypatch):
                  "--data.init_args.num_workers", "0", "--trainer.enable_progress_bar", "false"]) == 0
     metrics = json.loads((tmp_path / "runs" / "voc_finetune" / "test_metrics.json").read_text())
     assert (metrics["num_images"], metrics["num_classes"]) == (1, 1)
+
+
+def test_a_missing_image_is_not_taken_from_another_split(tmp_path):
+    for split in ("train", "valid"):
+        _write(tmp_path / split, "", "")
+    (tmp_path / "train" / "002.jpg").unlink()
+    with pytest.raises(ValueError, match=r"002.jpg: there is no such file"):
+        _make(tmp_path)

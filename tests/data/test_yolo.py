@@ -347,3 +347,24 @@ def test_every_class_has_its_share_of_held_out_images(tmp_path):
     assert {split: report.images for split, report in data.report.splits.items()} == {"train": 16, "val": 4}
     assert data.report.splits["val"].counts["ring"] == 1
     assert sum(not record.objects for record in data.records["val"]) == 1
+
+
+def test_nothing_is_taken_from_another_split(tmp_path):
+    """Neither a listed image that is missing, nor a folder of all images, nor labels of one name."""
+    _write(tmp_path, splits=("train", "val"))
+    (tmp_path / "train.txt").write_text("images/train/v0.jpg\nimages/train/t0.jpg\n")
+    (tmp_path / "data.yaml").write_text("train: train.txt\nval: images/val\nnames: [box]\n")
+    with pytest.raises(ValueError, match=r"images/train/v0.jpg: there is no such file"):
+        _make(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: [box]\n")
+    with pytest.raises(FileNotFoundError, match=r"../train/images does not exist \(train\)"):
+        _make(tmp_path)
+
+
+def test_a_label_file_is_of_one_split(tmp_path):
+    for split in ("train", "val"):
+        write_image(tmp_path / "images" / split / "0.jpg", seed=len(split))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "0.txt").write_text(BOX)
+    with pytest.raises(ValueError, match=r"its label file is that of an image of another split \(.*labels/0.txt"):
+        _make(tmp_path)

@@ -180,11 +180,13 @@ def listed_names(listing: Path) -> list[str]:
 
 
 def image_of(file: Path, filename: str, finder: Finder) -> Path:
-    """The image of an XML file: of its own name, or else of that which it has for it; nearest to it."""
+    """The image of an XML file: of its own name, or else of that which it has for it; the nearest, of no other split."""
     named = PurePosixPath(filename.replace("\\", "/")).name
+    split = split_of_path(file, finder.folder) if file.is_relative_to(finder.folder) else None
     whole = [image for image in (finder.ending_in(PurePosixPath(named)) if named else []) if image.stem == file.stem]
     for found in (whole, finder.ending_in(PurePosixPath(f"{file.stem}.jpg")),
                   finder.ending_in(PurePosixPath(named)) if named else []):
+        found = [image for image in found if split_of_path(image, finder.folder) in (None, split) or split is None]
         if found:
             near = [len(Path(os.path.commonpath([image, file])).parts) for image in found]
             return found[near.index(max(near))]

@@ -101,6 +101,7 @@ class YoloData(DetectionData):
             self.root = path if path.is_dir() else self.root
         self._finder = Finder(self.root)
         self._texts = _by_path(self.root)
+        self._owners: dict[Path, tuple[str, Path]] = {}  # split and image that a label file was first read for
         self._key_points = _key_points(content)
         self._splits = self._listed_splits(content) or self._found_splits()
         if not any(self._splits.values()):
@@ -130,6 +131,9 @@ class YoloData(DetectionData):
             things: list[Thing] = []
             if labels is None:
                 faults.note(f"image {name}", "it has no label file", remedy="taken as empty")
+            elif not {split, file} & set(self._owners.setdefault(labels, (split, file))):
+                faults.add(f"image {name}", "its label file is that of an image of another split", str(labels))
+                continue
             else:
                 used.add(labels)
                 things = self._things(labels, faults)
@@ -221,13 +225,13 @@ class YoloData(DetectionData):
                         raise FileNotFoundError(f"{self._config}: {place} does not exist ({key}); it is looked for in "
                                                 f"{self.root}")
                     else:
-                        files |= dict.fromkeys(self._images_of(path))
+                        files |= dict.fromkeys(self._images_of(path, split))
                 splits[split] = list(files)
         if not content:
             for file in sorted(self.root.glob("*.txt")):
                 split = split_of(file.stem, alone=True)
                 if split:
-                    splits[split] = self._images_of(file)
+                    splits[split] = self._images_of(file, split)
         for split in ("train", "val"):
             if split in splits and not splits[split]:
                 raise ValueError(f"{self._config or self.root}: there are no images for {split} ({EXTENSIONS})")
@@ -241,12 +245,14 @@ class YoloData(DetectionData):
             if path.exists() and (path.is_dir() or path.suffix.lower() == ".txt"):
                 return path
         for start in range(1, len(parts)):  # of another machine, or ../train/images where train/images is meant
+            if split_of(parts[start - 1], alone=True):
+                break  # without it, it would be the images of all splits
             path = self.root.joinpath(*parts[start:])
             if ".." not in parts[start:] and path.exists():
                 return path
         return None
 
-    def _images_of(self, path: Path) -> list[Path]:
+    def _images_of(self, path: Path, split: str) -> list[Path]:
         """The images in a folder, or those that a text file lists."""
         if path.is_dir():
             return walk(path, ENDINGS)
@@ -254,7 +260,9 @@ class YoloData(DetectionData):
         for line in path.read_text("utf-8-sig", errors="surrogateescape").splitlines():
             if line.strip():
                 beside = path.parent / line.strip()
-                files.append(beside if beside.is_file() else self._finder.find(line.strip())[0])
+                file, exact = (beside, True) if beside.is_file() else self._finder.find(line.strip())
+                of_other = not exact and split_of_path(file, self.root) not in (None, split)
+                files.append(beside if of_other else file)
         return list(dict.fromkeys(files))
 
     def _found_splits(self) -> dict[str, list[Path]]:
