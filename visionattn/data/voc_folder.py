@@ -180,7 +180,7 @@ def listed_names(listing: Path) -> list[str]:
 
 
 def image_of(file: Path, filename: str, finder: Finder) -> Path:
-    """The image of an XML file: of its own name, or else of that which it has for it; the nearest, of no other split."""
+    """The image of an XML file: of its own name, or else of the one in it; the nearest, and of no other split."""
     named = PurePosixPath(filename.replace("\\", "/")).name
     split = split_of_path(file, finder.folder) if file.is_relative_to(finder.folder) else None
     whole = [image for image in (finder.ending_in(PurePosixPath(named)) if named else []) if image.stem == file.stem]
