@@ -30,7 +30,7 @@ def dense_backward(
             *tensors, lse, 0.0, False, attn_mask=_dense_mask(table), scale=scale)
     batch, heads, tokens, _ = q.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (q, k, v))
-    dtable = torch.zeros_like(table)
+    dtable = torch.empty_like(table) if batch else torch.zeros_like(table)
     size = heads * tokens * tokens
     step = max(min(CHUNK_BYTES // (size * q.element_size()), batch), 1)
     memory = workspace(2 * step * size, q.dtype)
