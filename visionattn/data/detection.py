@@ -278,7 +278,7 @@ class DetectionData(LoadedData):
         width, height = size = image.size or (0, 0)
         where = f"image {image.name} of {width} x {height} pixels"
         self.outlined[bool(thing.segmentation)] += 1
-        segmentation, box = None, thing.box
+        segmentation, extent, box = None, None, thing.box
         if self.masks or box is None:
             scale = (width, height) if thing.shares else (1, 1)
             segmentation, extent, fault, mended = segmentation_of(thing.segmentation, size, scale)
@@ -301,6 +301,9 @@ class DetectionData(LoadedData):
             (faults.note if fault is EDGELESS else faults.add)(
                 thing.what, fault, detail, "left out" if edges is None else "cut to it")
         if edges is None:
+            return None
+        if extent is not None and _apart(edges, extent):
+            faults.add(thing.what, "its box and its segmentation lie apart", f"bbox {box}, {where}")
             return None
         area = number(thing.area)
         if area is not None and not 0 <= area <= width * height:
@@ -529,6 +532,12 @@ def _as_corners(box: Any, size: tuple[int, int]) -> str:
     if left < right <= size[0] and top < bottom <= size[1]:
         return "; it may hold right and bottom in place of width and height"
     return ""
+
+
+def _apart(edges: tuple[float, float, float, float], extent: list[float]) -> bool:
+    """Whether a box, by its edges, and another, by left, top, width and height, are more than a pixel apart."""
+    left, top, width, height = extent
+    return left > edges[2] + 1 or left + width < edges[0] - 1 or top > edges[3] + 1 or top + height < edges[1] - 1
 
 
 def _folded(name: str) -> str:

@@ -123,6 +123,8 @@ def _rle(value: dict[str, Any], size: tuple[int, int]) -> tuple[Any, str]:
         return None, "the runs of its mask do not add up to its image"
     if shape[0] * shape[1] >= 2 ** 32:
         return None, "its image is too large for a mask"
+    if not runs[1::2].any():
+        return None, "its mask is empty"
     return rle.frPyObjects({"size": shape, "counts": runs.astype(np.int64).tolist()}, *shape), ""
 
 
