@@ -1,4 +1,6 @@
 """Export: the file agrees with eager, uses standard operators, and a wrong file is not handed out."""
+import json
+
 import lightning.pytorch as pl
 import onnx
 import pytest
@@ -230,3 +232,120 @@ def test_a_detector_that_finds_nothing(tmp_path, capsys):
     assert report.detections == 0
     export.print_report(report)
     assert "not checked" in capsys.readouterr().out
+
+
+# Models of other kinds than the default ones
+
+
+def facts(path):
+    """The metadata of a file, as the documentation lists it."""
+    return {item.key: item.value for item in onnx.load(path).metadata_props}
+
+
+def shape(value):
+    return [length.dim_value for length in value.type.tensor_type.shape.dim]
+
+
+def test_the_file_has_the_channels_and_the_size_that_the_model_was_made_for(tmp_path):
+    torch.manual_seed(0)
+    export.export_onnx(timm.create_model("test_biformer", in_chans=1, num_classes=7), tmp_path / "grey.onnx")
+    assert shape(onnx.load(tmp_path / "grey.onnx").graph.input[0])[1] == 1
+    for name, options in {"test_agent_swin": dict(img_size=96), "test_vit": dict(img_size=(96, 128))}.items():
+        export.export_onnx(timm.create_model(name, **options), tmp_path / "sized.onnx")
+        assert shape(onnx.load(tmp_path / "sized.onnx").graph.input[0])[2:] == [
+            96, 128 if name == "test_vit" else 96]
+        assert json.loads(facts(tmp_path / "sized.onnx")["image_size"])[0] == 96
+
+
+def test_feature_extractors_give_their_maps(tmp_path):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_biformer", features_only=True).eval()
+    export.export_onnx(model, tmp_path / "maps.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "maps.onnx")
+    assert [output.name for output in session.get_outputs()] == ["map_0", "map_1", "map_2", "map_3"]
+    images = torch.randn(2, 3, 160, 160)
+    with torch.inference_mode():
+        for found, expected in zip(session.run(None, {"images": images.numpy()}), model(images), strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    assert facts(tmp_path / "maps.onnx")["task"] == "features"
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_opset(opset, tmp_path):
+    torch.manual_seed(0)
+    report = export.export_onnx(timm.create_model("test_dinat"), tmp_path / "model.onnx", opset=opset)
+    assert report.opset == opset
+    assert {item.version for item in onnx.load(tmp_path / "model.onnx").opset_import if not item.domain} == {opset}
+
+
+def test_an_opset_out_of_range_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="opset must be 18 to 23, got 24"):
+        export.export_onnx(timm.create_model("test_dinat"), tmp_path / "model.onnx", opset=24)
+
+
+def test_metadata(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_dinat", num_classes=2)
+    model.run = {"backbone": "test_dinat", "class_names": ["cat", "dög"], "_mean": [0.1], "_std": [0.2]}
+    export.export_onnx(model, tmp_path / "model.onnx")
+    found = facts(tmp_path / "model.onnx")
+    assert json.loads(found.pop("class_names")) == ["cat", "dög"]
+    assert found.pop("producer").startswith("visionattn ")
+    assert found == {
+        "task": "classification", "model": "test_dinat", "license": "mit", "image_size": "[224, 224]", "channels": "3",
+        "mean": "[0.1]", "std": "[0.2]"}
+
+
+@pytest.mark.parametrize("name", ["test_agent_deit", "test_agent_pvt", pytest.param(
+    "test_agent_cswin", marks=pytest.mark.slow)])
+def test_dynamic_size_of_models_with_tables(name, tmp_path):
+    """Also the size that the tables are for, which needs no interpolation, is free."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7).eval()
+    export.export_onnx(model, tmp_path / "model.onnx", dynamic_size=True)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for size in [(64, 64), (96, 128), (160, 64)]:
+        images = torch.randn(2, 3, *size)
+        with torch.inference_mode():
+            expected = model(images)
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_free_sizes_of_shifted_windows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one image size: leave dynamic_size out"):
+        export.export_onnx(timm.create_model("test_agent_swin"), tmp_path / "model.onnx", dynamic_size=True)
+
+
+def test_weights_are_constants_of_the_file(tmp_path):
+    """So that onnxruntime can quantise them channel by channel."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    torch.manual_seed(0)
+    export.export_onnx(timm.create_model("test_agent_cswin"), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    constants = {item.name for item in graph.initializer}
+    assert {node.input[1] for node in graph.node if node.op_type == "Conv"} <= constants
+    quantize_dynamic(tmp_path / "model.onnx", tmp_path / "small.onnx", per_channel=True)
+    assert (tmp_path / "small.onnx").stat().st_size < (tmp_path / "model.onnx").stat().st_size
+
+
+class _Deep(nn.Module):
+    """A classifier whose export fails far inside."""
+
+    pretrained_cfg = {"input_size": (3, 8, 8)}  # noqa: RUF012
+
+    def forward(self, x):
+        if torch.compiler.is_exporting():
+            raise RuntimeError("the cause itself")
+        return x.mean((2, 3))
+
+
+def test_the_innermost_cause_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="cannot export this model: the cause itself") as caught:
+        export.export_onnx(_Deep(), tmp_path / "model.onnx")
+    assert "\n" not in str(caught.value)

@@ -3,7 +3,7 @@
 A classifier's file takes ``images [batch, channels, height, width]``, normalised as in training, and gives ``logits
 [batch, classes]``. A segmenter's takes ``images [batch, 3, height, width]`` in [0, 1] and gives ``logits [batch,
 classes, height, width]``. The batch size is free; with ``--dynamic-size`` height and width are too, in multiples of 32,
-except UPerNet's.
+except UPerNet's and Agent-Swin's.
 
 A detector's file takes one ``image [3, height, width]`` in [0, 1], of one size, and gives ``boxes [N, 4]`` (x1, y1,
 x2, y2 in pixels of the image), ``labels [N]`` from 1 on, ``scores [N]``, and of Mask R-CNN ``masks [N, 1, height,
@@ -12,6 +12,7 @@ width]``.
 import argparse
 import copy
 import io
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,19 +21,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
+from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate
 
+from . import __version__
 from .heads import PyramidPooling, Segmenter
 from .heads.detector import DETECTORS
+from .models import family_of
 from .tasks.rebuild import create_model
 
 __all__ = ["ExportReport", "export_onnx"]
 
-OPSET = 20
+OPSET, OPSETS = 20, range(18, 24)  # the usual one, and those that PyTorch writes
 MULTIPLE, MOST = 32, 4096  # of free image sizes: multiples of the one, up to the other
 TOLERANCE = 1e-4  # largest difference from eager, as a share of the answers' scale
 _IMAGES = 3  # of a detector's check; of the others' checks images beyond the first, in a second batch
@@ -58,6 +63,7 @@ def export_onnx(
         image_size: tuple[int, int] | None = None,
         dynamic_size: bool = False,
         fuse: bool = False,
+        opset: int = OPSET,
 ) -> ExportReport:
     """Writes ``model`` to the ONNX file ``out`` and checks it with onnxruntime on random images.
 
@@ -65,20 +71,24 @@ def export_onnx(
     side for boxes, of 1 for scores, of 10 for masks. The objects that are detected and their labels must be the same.
 
     Args:
-        model: A classifier from timm, a :class:`visionattn.heads.Segmenter`, or a detector as
-            :func:`visionattn.heads.build_detector` makes it. It is copied, put in eval mode and exported in float32
+        model: A classifier or (``features_only``) a feature extractor from timm, a
+            :class:`visionattn.heads.Segmenter`, or a detector as :func:`visionattn.heads.build_detector` makes it. It
+            is copied, put in eval mode and exported in float32
             from the CPU.
         out: The file to write. It is removed again if the check fails.
-        image_size: Height and width of the images; None takes those of the classifier's or the segmenter's backbone,
-            and of a detector the square that it does not resize. (Its file resizes other images as it does itself.)
+        image_size: Height and width of the images; None takes those that the classifier or the segmenter's backbone
+            was made for, and of a detector the square that it does not resize. (Its file resizes other images as it
+            does itself.)
         dynamic_size: Leave height and width free as well, in multiples of 32; then two more sizes are checked. Not for
-            detectors and UPerNet.
+            detectors, UPerNet and Agent-Swin.
         fuse: Fold batch norms and the like into the layers beside them first, where the model's layers can do that
             (``timm.utils.reparameterize_model``).
+        opset: Version of ONNX's operators, 18 to 23; of a detector 18 to 20.
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
-        ValueError: ``dynamic_size`` with a detector, with UPerNet or with sides that are no multiples of 32.
+        ValueError: ``dynamic_size`` with a detector, with UPerNet, with Agent-Swin or with sides that are no multiples of 32; an opset
+            out of range.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
             onnxruntime's answers differ from eager's.
     """
@@ -94,12 +104,22 @@ def export_onnx(
     if fuse:
         model = reparameterize_model(model, inplace=True)
     detector = isinstance(model, tuple(DETECTORS.values()))
+    if opset not in OPSETS:
+        raise ValueError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    if detector and opset > OPSET:
+        raise ValueError(f"the file of a detector has opset {OPSET} at most, {opset} was asked for")
     if dynamic_size and detector:
         raise ValueError("the file of a detector has one image size: leave dynamic_size out")
+    if dynamic_size and not _free_size(model):
+        raise ValueError("torch.export fixes the padding and the shifts of this model's windows, so its file has one "
+                         "image size: leave dynamic_size out")
     if dynamic_size and any(isinstance(module, PyramidPooling) for module in model.modules()):
         raise ValueError("torch.export fixes the grids that UPerNet pools over, so its file has one image size: leave "
                          "dynamic_size out, or train head semantic_fpn")
-    proto, check = _detector(model, image_size) if detector else _logits(model, image_size, dynamic_size)
+    if detector:
+        proto, check = _detector(model, image_size, opset)
+    else:
+        proto, check = _maps_or_logits(model, image_size, dynamic_size, opset)
     nodes = [node for graph in _graphs(proto.graph) for node in graph.node]
     for item in (*nodes, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del item.metadata_props[:]  # holds stack traces with the paths of the machine that exported
@@ -107,6 +127,8 @@ def export_onnx(
     domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     if domains or proto.functions:
         raise RuntimeError(f"the export needs operators outside standard ONNX: {', '.join(sorted(domains))}")
+    for key, value in _facts(model, check.shapes[0]).items():
+        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     out.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(proto, str(out))
     onnx.checker.check_model(str(out))
@@ -117,9 +139,9 @@ def export_onnx(
     except BaseException:
         out.unlink()
         raise
-    opset = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
+    written = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     return ExportReport(
-        out, difference, len(nodes), out.stat().st_size / 2 ** 20, opset, ties, rows if detector else None)
+        out, difference, len(nodes), out.stat().st_size / 2 ** 20, written, ties, rows if detector else None)
 
 
 def main(argv: list[str]) -> None:
@@ -135,8 +157,10 @@ def main(argv: list[str]) -> None:
                         help="height and width, or one number for both; if not given, the backbone's own, and of a "
                              "detector the side that it resizes images to")
     parser.add_argument("--dynamic-size", action="store_true",
-                        help="leave height and width free, in multiples of 32 (not for detectors and UPerNet)")
+                        help="leave height and width free, in multiples of 32 (not for detectors, UPerNet and Agent-Swin)")
     parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
+    parser.add_argument("--opset", type=int, default=OPSET, choices=OPSETS, metavar="N",
+                        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})")
     parser.add_argument("--out", default="model.onnx", metavar="FILE")
     args = parser.parse_args(argv)
     size = None
@@ -147,7 +171,7 @@ def main(argv: list[str]) -> None:
     if not args.model and not args.checkpoint:
         parser.error("give --model, or the --checkpoint of a run")
     model = create_model(args.model, args.checkpoint, pretrained=args.pretrained, num_classes=args.num_classes)
-    print_report(export_onnx(model, args.out, size, args.dynamic_size, args.fuse))
+    print_report(export_onnx(model, args.out, size, args.dynamic_size, args.fuse, args.opset))
 
 
 def print_report(report: ExportReport) -> None:
@@ -173,12 +197,16 @@ class _Check(NamedTuple):
     shapes: list[tuple[int, ...]]  # of the images of each run
 
 
-def _logits(model: Any, image_size: tuple[int, int] | None, dynamic_size: bool) -> tuple[Any, _Check]:
-    """The graph of a model that takes batches of images to logits."""
+def _maps_or_logits(
+        model: Any, image_size: tuple[int, int] | None, dynamic_size: bool, opset: int) -> tuple[Any, _Check]:
+    """The graph of a model that takes batches of images to logits, or to a list of maps."""
     segmenter = isinstance(model, Segmenter)
-    config: Any = model.backbone.model.pretrained_cfg if segmenter else model.pretrained_cfg
-    channels, *default_size = config["input_size"]
-    size = tuple(image_size or default_size)
+    channels, *own_size = _image_shape(model)
+    size = (image_size or own_size)[0], (image_size or own_size)[1]
+    with torch.inference_mode(), _explained("PyTorch cannot export this model"):
+        answers = model(torch.zeros(1, channels, *size))
+    features = isinstance(answers, (list, tuple))
+    names = [f"map_{i}" for i in range(len(answers))] if features else ["logits"]
     free: dict[int, Any] = {0: torch.export.Dim("batch")}
     if dynamic_size:
         if any(side % MULTIPLE for side in size):
@@ -188,18 +216,62 @@ def _logits(model: Any, image_size: tuple[int, int] | None, dynamic_size: bool) 
         free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
     with _explained("PyTorch cannot export this model"):
         program = torch.onnx.export(
-            model, (torch.randn(2, channels, *size),), dynamo=True, opset_version=OPSET, verbose=False,
-            dynamic_shapes=(free,), input_names=["images"], output_names=["logits"])
+            model, (torch.randn(2, channels, *size),), dynamo=True, opset_version=opset, verbose=False,
+            dynamic_shapes=(free,), input_names=["images"], output_names=names)
     assert program is not None
     sizes = [size, (size[0] + 32, size[1]), (size[0], size[1] + 64)] if dynamic_size else [size]
     return program.model_proto, _Check(
-        answer=lambda images: (model(images),),
+        answer=lambda images: tuple(model(images)) if features else (model(images),),
         difference=_relative,
         draw=torch.rand if segmenter else torch.randn,
         shapes=[(batch, channels, *size) for size in sizes for batch in (1, 1 + _IMAGES)])
 
 
-def _detector(model: Any, image_size: tuple[int, int] | None) -> tuple[Any, _Check]:
+def _image_shape(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model was made for."""
+    model = model.backbone.model if isinstance(model, Segmenter) else model
+    channels, height, width = model.pretrained_cfg["input_size"]
+    inner = getattr(model, "model", model)  # of what timm wraps for features
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    channels = getattr(inner, "in_chans", first.in_channels if first else channels)
+    made_for = getattr(inner, "img_size", None) or getattr(getattr(inner, "patch_embed", None), "img_size", None)
+    return channels, *(to_2tuple(made_for) if made_for else (height, width))
+
+
+def _free_size(model: Any) -> bool:
+    """Whether the family of a classifier or of a segmenter's backbone exports with free sizes."""
+    backbone = model.backbone.model if isinstance(model, Segmenter) else model
+    name = getattr(backbone, "pretrained_cfg", {}).get("architecture")
+    family = family_of(name) if name and timm.is_model(name) else None
+    return family is None or family.free_size
+
+
+def _facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What is written into the file beside the graph, for those who feed it."""
+    run: dict[str, Any] = getattr(model, "run", {})
+    inside = isinstance(model, (Segmenter, *DETECTORS.values()))  # normalisation is part of the graph
+    backbone = model.backbone if inside else model
+    config = getattr(getattr(backbone, "model", backbone), "pretrained_cfg", {})
+    if isinstance(model, Segmenter):
+        task = "segmentation"
+    elif inside:
+        task = "detection"
+    else:
+        task = "classification" if getattr(model, "num_classes", 0) else "features"
+    mean, std = (config.get(key) or [value] for key, value in (("mean", 0.), ("std", 1.)))
+    return {
+        "producer": f"visionattn {__version__}",
+        "task": task,
+        "model": run.get("backbone") or config.get("architecture") or type(model).__name__,
+        "license": config.get("license") or "",
+        "image_size": list(shape[-2:]),
+        "channels": shape[-3],
+        "mean": [0.] * shape[-3] if inside else run.get("_mean", list(mean)),
+        "std": [1.] * shape[-3] if inside else run.get("_std", list(std)),
+    } | ({"class_names": run["class_names"]} if run.get("class_names") else {})
+
+
+def _detector(model: Any, image_size: tuple[int, int] | None, opset: int) -> tuple[Any, _Check]:
     """The graph of one of torchvision's detectors: from the image to objects in pixels of it.
 
     torch.export stops at the first size that depends on the number of objects. So what finds objects in the maps goes
@@ -218,10 +290,10 @@ def _detector(model: Any, image_size: tuple[int, int] | None) -> tuple[Any, _Che
     file: Any = io.BytesIO()  # which PyTorch's annotations omit
     with _explained("PyTorch cannot export this model"):
         program = torch.onnx.export(
-            _Network(model).eval(), (image,), dynamo=True, opset_version=OPSET, verbose=False, input_names=["image"],
+            _Network(model).eval(), (image,), dynamo=True, opset_version=opset, verbose=False, input_names=["image"],
             output_names=levels)
         torch.onnx.export(
-            _Search(model, images, size, names).eval(), maps, file, dynamo=False, opset_version=OPSET,
+            _Search(model, images, size, names).eval(), maps, file, dynamo=False, opset_version=opset,
             input_names=levels, output_names=names, dynamic_axes={name: {0: "objects"} for name in names})
     assert program is not None
     network = onnx.compose.add_prefix(program.model_proto, "network/", rename_inputs=False)
@@ -347,9 +419,9 @@ def _undecided(check: _Check, images: Tensor, expected: _Answers, tries: int = 8
 
 
 def _relative(actual: _Answers, expected: _Answers) -> Tensor:
-    """Largest difference of each image's logits, in units of the batch's largest logit."""
-    difference = (actual[0] - expected[0]).abs().flatten(1).amax(dim=1)
-    return (difference / expected[0].abs().max()).nan_to_num(torch.inf)
+    """Largest difference of each image's logits, or maps, in units of the batch's largest value of the kind."""
+    differences = [(a - b).abs().flatten(1).amax(dim=1) / b.abs().max() for a, b in zip(actual, expected, strict=True)]
+    return torch.stack(differences).amax(dim=0).nan_to_num(torch.inf)
 
 
 def _apart(actual: _Answers, expected: _Answers, side: int) -> Tensor:
@@ -376,5 +448,12 @@ def _blocks(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.stack([interpolate(grid, size)[0] for grid in grids]).mean(dim=0)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an error."""
+    seen = {id(error)}
+    while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        if id(inner) in seen:
+            break
+        seen.add(id(inner))
+        error = inner
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

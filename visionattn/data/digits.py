@@ -47,6 +47,7 @@ class DigitsData(LoadedData):
             raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
         self.image_size, self.in_chans = image_size, in_chans
         self.num_classes = 10
+        self.normalisation = [MEAN] * in_chans, [STD] * in_chans
         self.class_names = [str(digit) for digit in range(10)]
 
     def setup(self, stage: str) -> None:

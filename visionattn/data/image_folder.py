@@ -120,6 +120,7 @@ class ImageFolderData(LoadedData):
         self.decoding = Decoding(value_range, max_pixels).check()
         self.val_fraction, self.verify = val_fraction, verify
         self.predict_root = predict_root
+        self.normalisation = list(mean), list(std)
         common: dict[str, Any] = dict(input_size=image_size, mean=mean, std=std)
         self.train_transform = _within_ranges(create_transform(
             **common, is_training=True, scale=scale, hflip=hflip, color_jitter=color_jitter,

@@ -77,7 +77,8 @@ class AgentBackbone(Backbone):
                 agent_depths=agent_depths, mlp_ratios=mlp_ratios).items():
             if values is not None and len(values) != stages:
                 raise ValueError(f"{name} must have one entry per stage, {stages}, got {values}")
-        sizes = self.map_sizes(to_2tuple(img_size))
+        self.img_size = to_2tuple(img_size)
+        sizes = self.map_sizes(self.img_size)
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.feature_info = stage_levels(embed_dims)
 
@@ -114,7 +115,10 @@ class AgentBackbone(Backbone):
             img_size: Height and width of the images; None leaves the tables as they are.
             agent_grids: Rows and columns of agents per stage; None leaves them as they are.
         """
-        sizes = [None] * len(self.stages) if img_size is None else self.map_sizes(to_2tuple(img_size))
+        sizes: list[Any] = [None] * len(self.stages)
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+            sizes = self.map_sizes(self.img_size)
         grids = agent_grids or [None] * len(self.stages)  # type: ignore[list-item]
         for i, (stage, size, grid) in enumerate(zip(self.stages, sizes, grids, strict=True)):
             set_input_size(stage, size, grid)

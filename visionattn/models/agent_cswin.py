@@ -108,9 +108,14 @@ class StripeAttention(nn.Module):
         return torch.cat([
             _attend_stripes(half, axis, self.stripe_width, *conv, self.head_dim)
             for half, axis, conv in zip(
-                qkv.unflatten(-1, (3, 2, -1)).unbind(-2), (2, 1), zip(weight.chunk(2), bias.chunk(2), strict=True),
+                qkv.unflatten(-1, (3, 2, -1)).unbind(-2), (2, 1), zip(_halves(weight), _halves(bias), strict=True),
                 strict=True)
         ], dim=-1)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a parameter; exported slices of one are constants, other than what ``chunk`` gives."""
+    return x[:len(x) // 2], x[len(x) // 2:]
 
 
 def _attend_stripes(qkv: Tensor, axis: int, max_width: int, weight: Tensor, bias: Tensor, head_dim: int) -> Tensor:

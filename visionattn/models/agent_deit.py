@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.layers import Attention, PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -91,7 +91,8 @@ class AgentDeiT(TokenBackbone):
         self.in_chans = in_chans
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]
-        size = self.map_size(img_size)
+        self.img_size = to_2tuple(img_size)
+        size = self.map_size(self.img_size)
         self.patch_embed = PatchEmbed(
             img_size=None, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, output_fmt="NHWC",
             strict_img_size=False, dynamic_img_pad=True, **dd)
@@ -130,6 +131,8 @@ class AgentDeiT(TokenBackbone):
             img_size: Height and width of the images; None leaves the tables as they are.
             agent_grid: Rows and columns of agents; None leaves it as it is.
         """
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
         set_input_size(self, None if img_size is None else self.map_size(img_size), agent_grid)
 
     @torch.jit.ignore

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers.full import attend
 from ..layers.scripting import unscripted
-from ..ops.dispatch import numbers, smaller
+from ..ops.dispatch import numbers
 from ..ops.kept import keep
 from ._agent import AgentBackbone, agent_cfg, our_tables
 from ._builder import build_model
@@ -75,7 +75,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
         windows = self._partition(x)
-        x = self._attend(self.qkv(windows), x.shape[0], x.shape[1], x.shape[2])
+        x = self._attend(self.qkv(windows), x.shape[1], x.shape[2])
         return self.proj_drop(self.proj(x))
 
     @unscripted
@@ -83,51 +83,34 @@ class WindowAttention(nn.Module):
         """``[B * windows, window_size, window_size, dim]``, each image's windows row by row."""
         height, width = numbers(x.shape[1:3])
         padded, shift = _layout((height, width), self.window_size, self.shift, self.always_shift)
-        if not all(isinstance(n, int) for n in padded) or padded != (height, width):
+        if padded != (height, width):
             x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
-        if _moves(shift):
-            x = _roll(x, (-shift[0], -shift[1]))
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
         return window_partition(x, (self.window_size, self.window_size))
 
     @unscripted
-    def _attend(self, qkv: Tensor, batch: int, height: int, width: int) -> Tensor:
+    def _attend(self, qkv: Tensor, height: int, width: int) -> Tensor:
         """Attention within windows of queries, keys and values, and these windows as a map again."""
         height, width = numbers((height, width))
         padded, shift = _layout((height, width), self.window_size, self.shift, self.always_shift)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         bias = keep("shifted windows", (padded, shift, qkv.dtype), lambda: _bias(self.rpb, padded, shift).to(qkv.dtype),
                     sources=[self.rpb], owner=self)
-        if _moves(shift):  # a mask of its own for every window
-            bias = bias.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        if any(shift):  # a mask of its own for every window
+            bias = bias.expand(qkv.shape[0] // bias.shape[0], -1, -1, -1, -1).flatten(0, 1)
         x = attend(q, k, v, bias).transpose(1, 2).reshape(*qkv.shape[:3], qkv.shape[3] // 3)
         x = window_reverse(x, (self.window_size, self.window_size), *padded)
-        if _moves(shift):
-            x = _roll(x, shift)
+        if any(shift):
+            x = x.roll(shift, dims=(1, 2))
         return x[:, :height, :width]
 
-
-# Sizes may be symbolic (export): they are computed with, but not compared, as the answer would hold for the example's.
 
 def _layout(size: Grid, window: int, shift: int, always_shift: bool) -> tuple[Grid, Grid]:
     """Height and width of a map once windows fill it, and how far these are shifted: not along one that spans it."""
     padded = -(-size[0] // window) * window, -(-size[1] // window) * window
-    rows, columns = (shift if always_shift else smaller(shift, length - window) for length in padded)
+    rows, columns = (shift if always_shift or length > window else 0 for length in padded)
     return padded, (rows, columns)
-
-
-def _moves(shift: Grid) -> bool:
-    """Whether windows are, or may be, shifted."""
-    return any(not isinstance(step, int) or step != 0 for step in shift)
-
-
-def _roll(x: Tensor, shift: Grid) -> Tensor:
-    """``x.roll(shift, dims=(1, 2))`` for shifts that may be symbolic."""
-    if all(isinstance(step, int) for step in shift):
-        return x.roll(shift, dims=(1, 2))
-    for axis, step in enumerate(shift, start=1):
-        length = x.shape[axis]
-        x = x.index_select(axis, (torch.arange(length, device=x.device) - step) % length)
-    return x
 
 
 def _bias(table: Tensor, size: Grid, shift: Grid) -> Tensor:
@@ -136,14 +119,13 @@ def _bias(table: Tensor, size: Grid, shift: Grid) -> Tensor:
     position = torch.arange(window, device=table.device)
     offset = position[:, None] - position + window - 1  # query minus key
     bias = table[:, offset[:, None, :, None], offset[None, :, None, :]].flatten(3).flatten(1, 2)[None]
-    if not _moves(shift):
+    if not any(shift):
         return bias
     # The rolled map consists of up to 3 x 3 parts that were no neighbours before.
     parts = []
     for length, step in zip(size, shift, strict=True):
         index = torch.arange(length, device=table.device)
-        part = (index >= length - window).int() + (index >= length - step)
-        parts.append(part if _moves((step, 0)) else torch.zeros_like(index))
+        parts.append((index >= length - window).int() + (index >= length - step) if step else torch.zeros_like(index))
     part = window_partition((parts[0][:, None] * 3 + parts[1])[None, :, :, None], (window, window)).flatten(1)
     apart = part[:, None, :] != part[:, :, None]
     return bias + torch.where(apart[:, None], -100., 0.)
@@ -317,4 +299,5 @@ family = Family(
     dense_args=dense_args,
     dense_norm=DenseNorm("norm", 1e-5),
     checkpoint_filter_fn=checkpoint_filter_fn,
+    free_size=False,
 )

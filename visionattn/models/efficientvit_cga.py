@@ -184,6 +184,7 @@ class EfficientViTCGA(Backbone):
         if embed_dims[0] % 8:
             raise ValueError(f"embed_dims must start with a multiple of 8, got {embed_dims[0]}")
         self.in_chans = in_chans
+        self.img_size = to_2tuple(img_size)
         self.num_features = embed_dims[-1]
         self.window_size = window_size
         self.drop_rate = drop_rate

@@ -23,7 +23,8 @@ def create_model(
     """A timm model, with the weights of ``checkpoint`` if one is given; for the checkpoint of a run what it trained.
 
     That is a timm model too (``ClassificationTask``), a :class:`visionattn.heads.Segmenter` (``SegmentationTask``) or
-    one of torchvision's detectors (``DetectionTask``). Nothing is downloaded for it.
+    one of torchvision's detectors (``DetectionTask``). Nothing is downloaded for it. Its attribute ``run`` holds the
+    run's hyper-parameters.
 
     Args:
         name: Model name; may be None for the checkpoint of a training run, which knows it.
@@ -55,6 +56,7 @@ def create_model(
         model = _dense_model(run, checkpoint) if "detector" in run or "head" in run else _classifier(run)
     with fitting(run["backbone"], checkpoint):
         model.load_state_dict(state_dict)
+    model.run = run  # type: ignore[assignment]
     return model
 
 
