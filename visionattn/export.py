@@ -157,7 +157,8 @@ def main(argv: list[str]) -> None:
                         help="height and width, or one number for both; if not given, the backbone's own, and of a "
                              "detector the side that it resizes images to")
     parser.add_argument("--dynamic-size", action="store_true",
-                        help="leave height and width free, in multiples of 32 (not for detectors, UPerNet and Agent-Swin)")
+                        help="leave height and width free, in multiples of 32 (not for detectors, UPerNet and "
+                             "Agent-Swin)")
     parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
     parser.add_argument("--opset", type=int, default=OPSET, choices=OPSETS, metavar="N",
                         help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})")
