@@ -87,8 +87,8 @@ def export_onnx(
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
-        ValueError: ``dynamic_size`` with a detector, with UPerNet, with Agent-Swin or with sides that are no multiples of 32; an opset
-            out of range.
+        ValueError: ``dynamic_size`` with a detector, with UPerNet, with Agent-Swin or with sides that are no
+            multiples of 32; an opset out of range.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
             onnxruntime's answers differ from eager's.
     """
