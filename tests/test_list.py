@@ -1,6 +1,7 @@
 """``visionattn list``: complete, counted right, and of timm's models too."""
 import fnmatch
 import functools
+from pathlib import Path
 
 import pytest
 import timm
@@ -29,6 +30,14 @@ def listed(capsys, monkeypatch):
 
 def test_what_was_published_is_of_models_that_exist():
     assert PUBLISHED.keys() <= set(OURS)
+
+
+def test_the_cards_tables_say_what_the_families_say():
+    rows = [line.split("|") for card in (Path(__file__).parent.parent / "docs" / "models").glob("*.md")
+            for line in card.read_text().splitlines() if line.startswith("| ")]
+    cells = {row[1].strip().strip("`"): [cell.strip(' %*') for cell in row] for row in rows}
+    for name, figures in PUBLISHED.items():
+        assert str(figures.top1) in cells[name], name
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -5,6 +5,7 @@ import copy
 import gc
 import io
 import multiprocessing
+import os
 import pickle
 import re
 import threading
@@ -19,7 +20,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from tests.models.test_families import COMPILED, SMALL, family, images, make
 from visionattn.layers import auxiliary_losses
-from visionattn.ops import held_bytes, release_memory
+from visionattn.ops import held_bytes, kept, release_memory
 
 # The least height and width of an image, of those that do not pad as far as it takes.
 LEAST_SIZES = {"test_agent_pvt": 32, "test_agent_cswin": 3, "biformer_stl": 32, "biformer_stl_nchw": 32}
@@ -393,6 +394,18 @@ def test_what_is_kept_goes_with_the_model(name):
     assert held_bytes() == 0
 
 
+@torch.no_grad()
+def test_memory_is_bounded_whatever_the_sizes(name, monkeypatch):
+    """One bound for all that is kept, by all blocks, for all sizes."""
+    release_memory()
+    model = make(name)
+    monkeypatch.setattr(kept, "_LIMIT", 1 << 18)
+    for i in range(10):
+        model(images(1, 64 + 16 * i, 80 + 8 * i))
+        assert kept._state.size <= 1 << 18
+    release_memory()
+
+
 # Threads
 
 
@@ -412,6 +425,20 @@ def in_threads(count: int, work) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def test_threads_build_models():
+    """At once, and without an edit of the process's environment, which other threads read."""
+    names, before, seen = list(SMALL), dict(os.environ), []
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            timm.create_model(names[i], **SMALL[names[i]])
+            seen.append(dict(os.environ) == before)
+
+    in_threads(len(names), work)
+    assert len(seen) == 5 * len(names)
+    assert all(seen)
 
 
 def test_threads_share_a_model(name):

@@ -5,12 +5,11 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from .detection import DetectionData, Finder, Listed, Thing, split_of_path, walk
 from .pixels import MAX_PIXELS
 from .polygons import number
 from .reading import Faults
+from .report import say
 from .splits import split_of, visible_folders
 
 __all__ = ["CocoData"]
@@ -114,7 +113,7 @@ class CocoData(DetectionData):
         if not self._json:
             self._json = _find_files(self.root)
             found = [f"{split}: {file.relative_to(self.root)}" for split, file in self._json.items()]
-            rank_zero_info(f"Found in {self.root}: {', '.join(found) or 'no annotations'}.")
+            say(f"Found in {self.root}: {', '.join(found) or 'no annotations'}.")
         if not self._json:
             raise FileNotFoundError(
                 f"{self.root} holds no annotations in COCO's format; data.init_args.root must be a folder with "
@@ -152,11 +151,11 @@ class CocoData(DetectionData):
                 del self._contents[split]
         unused = [name for name in dict.fromkeys(names.values()) if name not in used]
         if unused and used:
-            rank_zero_info(f"{file}: left out of the classes, as they have no object in any split: "
+            say(f"{file}: left out of the classes, as they have no object in any split: "
                            f"{', '.join(unused[:10])}{f' and {len(unused) - 10} more' if len(unused) > 10 else ''}")
         for category, name in names.items():
             if name in self.class_names:
-                rank_zero_info(f"{file}: two categories are called {name!r}: they are one class.")
+                say(f"{file}: two categories are called {name!r}: they are one class.")
             elif name in used or not used:
                 self.category_ids.append(category)
                 self.class_names.append(name)

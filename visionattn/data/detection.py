@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,7 +29,7 @@ from .reading import (
     read_image,
     say_shared,
 )
-from .report import DataReport, SplitReport
+from .report import DataReport, SplitReport, say
 from .splits import split_of, visible_files
 
 __all__ = ["DetectionData", "Finder", "Listed", "Records", "Thing", "split_of_path", "walk"]
@@ -198,7 +197,7 @@ class DetectionData(LoadedData):
 
     def _list_split(self, split: str) -> None:
         if split == "test" and not self._has("test"):
-            rank_zero_info(f"There is no test split in {self.root}: the validation images are used.")
+            say(f"There is no test split in {self.root}: the validation images are used.")
             self.setup("validate")
             self.records["test"] = self.records["val"]
         elif split in ("train", "val") and not self._has("val"):
@@ -215,7 +214,7 @@ class DetectionData(LoadedData):
                              "or a validation split")
         val = _fifth(records)
         train = sorted(set(range(len(records))) - set(val))
-        rank_zero_info(f"There are no validation images: of the {len(records)} images of {faults.source}, {len(train)} "
+        say(f"There are no validation images: of the {len(records)} images of {faults.source}, {len(train)} "
                        f"train and {len(val)} validate, always the same.")
         self._keep("train", [records[index] for index in train], faults)
         self._keep("val", [records[index] for index in val], Faults(faults.source, self.on_error))
@@ -239,7 +238,7 @@ class DetectionData(LoadedData):
             found for thing in image.things if (found := self._check(thing, image, faults))]) for image in images]
         edgeless = faults.kinds.pop((EDGELESS, "left out"), 0)
         if edgeless:
-            rank_zero_info(f"{faults.source}: {edgeless} boxes without width or height are left out; the first is "
+            say(f"{faults.source}: {edgeless} boxes without width or height are left out; the first is "
                            f"{faults.first[EDGELESS, 'left out']}")
         faults.report()
         if not records:

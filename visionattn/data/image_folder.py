@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
@@ -27,7 +26,7 @@ from .reading import (
     read_image,
     say_shared,
 )
-from .report import DataReport, SplitReport
+from .report import DataReport, SplitReport, say
 from .splits import is_visible, split_folders, split_of, visible_files, visible_folders
 
 __all__ = ["ImageFolderData"]
@@ -177,7 +176,7 @@ class ImageFolderData(LoadedData):
 
     def _list_split(self, split: str) -> None:
         if split == "test" and "test" not in self.folders:
-            rank_zero_info(f"There is no test folder in {self.root}: the validation images are used.")
+            say(f"There is no test folder in {self.root}: the validation images are used.")
             self.setup("validate")
             self.samples["test"] = self.samples["val"]
             return
@@ -211,13 +210,13 @@ class ImageFolderData(LoadedData):
             for file in files[None]:
                 faults.note(str(file), "it is in no class folder")
         if files[None]:
-            rank_zero_info(f"{folder} has {len(files[None])} images outside of its class folders, such as "
+            say(f"{folder} has {len(files[None])} images outside of its class folders, such as "
                            f"{files[None][0].name}: they are not read.")
         for name in self.class_names:
             if not files[name] and split == "train":
                 raise ValueError(f"class folder {self.classes[split][name]} holds no images ({EXTENSIONS})")
             if not files[name]:
-                rank_zero_info(f"{folder} has no images of the class {name!r}: nothing is measured for it.")
+                say(f"{folder} has no images of the class {name!r}: nothing is measured for it.")
         good = set(self._check_files([file for name in self.class_names for file in files[name]], faults))
         for name in self.class_names:
             if split == "train" and not good.intersection(files[name]):
@@ -242,7 +241,7 @@ class ImageFolderData(LoadedData):
                 faults.note(str(file), SEVERAL, remedy="read by the first of them")
         if bad:
             names = "".join(f"\n  {file}: {fault}" for file, fault in bad[:SHOWN])
-            rank_zero_info(f"Left out {len(bad)} of {len(files)} files that cannot be read as images:{names}")
+            say(f"Left out {len(bad)} of {len(files)} files that cannot be read as images:{names}")
         return [file for file, look in zip(files, looks, strict=True) if not look.fault]
 
     def _hold_out(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -254,7 +253,7 @@ class ImageFolderData(LoadedData):
                                  "too few to hold some out for validation; add images or make a val folder")
         count = min(max(round(self.val_fraction * len(samples)), self.num_classes), len(samples) - self.num_classes)
         train, val = train_test_split(samples, test_size=count, random_state=0, stratify=labels)
-        rank_zero_info(f"There is no val folder beside the images of {self.folders['train']}: "
+        say(f"There is no val folder beside the images of {self.folders['train']}: "
                        f"{len(train)} of them train and {len(val)} validate.")
         return train, val
 
@@ -324,19 +323,19 @@ def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str,
         filled = [folder for folder in folders if _has_images(folder)]
         if len(filled) != 1 or _has_images_itself(root) or not _filled_folders(filled[0]):
             return root, {"train": root}
-        rank_zero_info(f"{root} holds nothing but the folder {filled[0].name}: its content is read.")
+        say(f"{root} holds nothing but the folder {filled[0].name}: its content is read.")
         root = filled[0]
     if others:
-        rank_zero_info(f"{root} has the folders {_shorten(others)} beside its splits: they are not read.")
+        say(f"{root} has the folders {_shorten(others)} beside its splits: they are not read.")
     if "test" in named and not visible_folders(named["test"]):
-        rank_zero_info(f"{named['test']} holds no class folders, so that there is nothing to measure there.")
+        say(f"{named['test']} holds no class folders, so that there is nothing to measure there.")
         del named["test"]
     known = {_folded(folder.name) for folder in visible_folders(named["train"])}
     for split, folder in named.items():
         inner = _filled_folders(folder)
         while (len(inner) == 1 and not classes and not _has_images_itself(folder) and _filled_folders(inner[0])
                and (split == "train" or _folded(inner[0].name) not in known)):
-            rank_zero_info(f"{folder} holds nothing but the folder {inner[0].name}: its content is read.")
+            say(f"{folder} holds nothing but the folder {inner[0].name}: its content is read.")
             named[split] = folder = inner[0]
             inner = _filled_folders(folder)
             if split == "train":
@@ -358,7 +357,7 @@ def _with_like_splits(root: Path, named: dict[str, Path]) -> dict[str, Path]:
                 raise ValueError(f"{root} has two folders for the split {split}: {found[split].name} and "
                                  f"{folder.name}; put their files together, or move one of them away")
             found[split] = folder
-            rank_zero_info(f"{folder} is taken as the {split} split.")
+            say(f"{folder} is taken as the {split} split.")
     return found
 
 
@@ -395,7 +394,7 @@ def _class_folders(folder: Path, classes: list[str] | None) -> dict[str, Path]:
                          f"{_shorten(deep)} are, list them by data.init_args.classes")
     if deep:
         inner = [entry.name for entry in _filled_folders(found[deep[0]])]
-        rank_zero_info(f"{folder / deep[0]} holds the folders {_shorten(inner)}: all their images are of the class "
+        say(f"{folder / deep[0]} holds the folders {_shorten(inner)}: all their images are of the class "
                        f"{deep[0]}; for other classes set classes to their paths, such as {deep[0]}/{inner[0]}.")
     return found
 

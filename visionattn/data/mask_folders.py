@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from .reading import Faults, find_images, is_image
+from .report import say
 from .splits import split_folders, split_of, visible_files, visible_folders
 
 __all__ = ["Names", "Pair", "find_folders", "match"]
@@ -91,7 +90,7 @@ def find_folders(
             raise FileNotFoundError(
                 f"folder {root / missing} does not exist: expected images and masks in {root}, each with train and val "
                 "(or the other way round); image_folder and mask_folder name other folders")
-        rank_zero_info(f"{root} holds nothing but the folder {folders[0].name}: its content is read.")
+        say(f"{root} holds nothing but the folder {folders[0].name}: its content is read.")
         root = folders[0]
 
 
@@ -117,7 +116,7 @@ def match(folders: tuple[Path, Path | None], names: Names, faults: Faults) -> li
         raise ValueError(f"no mask in {masks} has the name of an image in {images}: the first are {found[0].name} and "
                          f"{others[0].name}; set image_name and mask_name to how they are called, such as * and *_mask")
     if pairs and used and names == Names():
-        rank_zero_info(f"Masks are matched to images by their names, such as {pairs[0].image.name} and "
+        say(f"Masks are matched to images by their names, such as {pairs[0].image.name} and "
                        f"{_name_of(pairs[0].mask)}.")
     for file in lone_images:
         faults.add(str(file), "the image has no mask", f"expected below {masks}")
@@ -218,7 +217,7 @@ def _found(place: Path, split: str, folder: Path | None) -> Path | None:
     if folder is None and split != "test":
         raise FileNotFoundError(f"folder {place / split} does not exist: the {split} images have no masks")
     if folder is None:
-        rank_zero_info(f"The test images have no masks in {place}, so that there is nothing to measure there.")
+        say(f"The test images have no masks in {place}, so that there is nothing to measure there.")
     return folder
 
 

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from .pixels import AS_SEEN, ENDINGS, UNREAD, Decoding, Look
+from .report import say
 from .splits import visible_files
 
 __all__ = ["EXTENSIONS", "Faults", "check_images", "decoding_fault", "find_faults", "find_images", "header_fault",
@@ -73,7 +73,7 @@ class Faults:
     def report(self) -> None:
         """Says how many records were left out and why."""
         for (kind, remedy), count in self.kinds.items():
-            rank_zero_info(f"{self.source}: {count} {remedy}: {kind}; the first is {self.first[kind, remedy]}")
+            say(f"{self.source}: {count} {remedy}: {kind}; the first is {self.first[kind, remedy]}")
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -85,7 +85,7 @@ def only_images(files: list[Path], folder: Path) -> list[Path]:
     """Those of the ``files`` below ``folder`` that are images by their ending; says how many are not."""
     others = [file for file in files if not is_image(file)]
     if others:
-        rank_zero_info(f"{folder} holds {len(others)} files that are not images by their name, "
+        say(f"{folder} holds {len(others)} files that are not images by their name, "
                        f"such as {others[0].name}: they are not read.")
     return [file for file in files if is_image(file)]
 
@@ -138,7 +138,7 @@ def say_shared(split: str, these: list[Path], train: list[Path]) -> None:
     """Warns with the count of the images of ``split`` that are training images too."""
     shared = shared_files(these, train)
     if shared:
-        rank_zero_info(f"Warning: {len(shared)} of {len(these)} {split} images are training images too, such as "
+        say(f"Warning: {len(shared)} of {len(these)} {split} images are training images too, such as "
                        f"{shared[0]}: what is measured on them is better than on new images.")
 
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["DataReport", "SplitReport"]
+from lightning.pytorch.utilities import rank_zero_info
+
+__all__ = ["DataReport", "SplitReport", "say"]
 
 IMBALANCE = 10  # ratio of the most to the least frequent class from which it is said
 FEW = 100  # training images below which it is said
@@ -104,6 +106,11 @@ class DataReport:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file).writerows([("split", "what", "why", "what became of it"), *rows])
+
+
+def say(text: str) -> None:
+    """Logs what the user should know, once; of names that are no text the bytes."""
+    rank_zero_info(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -36,7 +35,7 @@ from .masks import (
 )
 from .pixels import MAX_PIXELS, Decoding, orientation_of, turned
 from .reading import EXTENSIONS, Faults, check_images, find_faults, find_images, read_image, result_names, say_shared
-from .report import DataReport, SplitReport
+from .report import DataReport, SplitReport, say
 
 __all__ = ["SegmentationFolderData"]
 
@@ -260,7 +259,7 @@ class SegmentationFolderData(LoadedData):
             raise ValueError(f"most of the classes 0 to {largest} of the training masks of {self.root} have no pixel; "
                              f"{found}; set data.init_args.mask_values to {list_of(present, False)} if each value is a "
                              "class, or give class_names")
-        rank_zero_info(f"No class_names were given: the training masks have values up to {largest}, "
+        say(f"No class_names were given: the training masks have values up to {largest}, "
                        f"so there are {largest + 1} classes.")
         return [f"class_{number}" for number in range(largest + 1)]
 
@@ -312,7 +311,7 @@ class SegmentationFolderData(LoadedData):
         faults = Faults(self.root, self.on_error)
         splits = [name for name, (_, masks) in self.folders.items() if masks is not None]
         if split == "test" and "test" not in splits:
-            rank_zero_info(f"{self.root} has no test images with labels: the validation images are used.")
+            say(f"{self.root} has no test images with labels: the validation images are used.")
             self.setup("validate")
             self.pairs["test"] = self.pairs["val"]
             return
@@ -329,7 +328,7 @@ class SegmentationFolderData(LoadedData):
                     f"{self.root} has no val images and a single training image: too few to hold some out")
             count = min(max(round(self.val_fraction * len(pairs)), 1), len(pairs) - 1)
             parts["train"], parts["val"] = train_test_split(pairs, test_size=count, random_state=0)
-            rank_zero_info(f"{self.root} has no val images: {len(pairs) - count} of its images train and {count} "
+            say(f"{self.root} has no val images: {len(pairs) - count} of its images train and {count} "
                            "validate.")
         self.pairs |= parts
         for name, part in parts.items():
@@ -435,7 +434,7 @@ class SegmentationFolderData(LoadedData):
         unknown = "colours" if colored else "labels"
         text = f"{split} masks with unknown {unknown} have {describe(codes, colored)}: set {option}"
         if faults.skip:
-            rank_zero_info(f"{self.root}: the {text}")
+            say(f"{self.root}: the {text}")
             return
         pair, look = bad[0]
         raise ValueError(f"{pair.mask}: {look.kind} ({look.detail}); the {text}; or set on_error to skip")
@@ -516,7 +515,7 @@ def _compare_palettes(pairs: list[Pair], decoding: Decoding) -> None:
         for value, color in colors.items():
             other, file = seen.setdefault(value, (color, pair.mask))
             if other != color:
-                rank_zero_info(f"Warning: the palettes of masks differ: the value {value} has the colour {other} in "
+                say(f"Warning: the palettes of masks differ: the value {value} has the colour {other} in "
                                f"{file} and {color} in {pair.mask}. Values are taken as classes; if colours are, set "
                                "mask_colors.")
                 return

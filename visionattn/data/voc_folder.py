@@ -5,12 +5,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from .detection import SHARES, DetectionData, Finder, Listed, Thing, split_of_path, walk
 from .pixels import MAX_PIXELS
 from .polygons import number
 from .reading import Faults
+from .report import say
 from .splits import split_of
 
 __all__ = ["Annotated", "Annotation", "VocData", "image_of", "listed_names", "read_annotation"]
@@ -151,7 +150,7 @@ class VocData(DetectionData):
         if "train" not in found:
             found["train"] = rest
         elif rest:
-            rank_zero_info(f"{self.root}: {len(rest)} XML files in no folder of a split are not read, such as "
+            say(f"{self.root}: {len(rest)} XML files in no folder of a split are not read, such as "
                            f"{rest[0]}.")
         return found
 

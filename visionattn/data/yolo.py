@@ -5,12 +5,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_info
 
 from .detection import DetectionData, Finder, Listed, Thing, split_of_path, walk
 from .pixels import ENDINGS, MAX_PIXELS
 from .polygons import number
 from .reading import EXTENSIONS, Faults
+from .report import say
 from .splits import split_of, visible_folders
 
 __all__ = ["YoloData"]
@@ -110,7 +110,7 @@ class YoloData(DetectionData):
         self._labels: dict[int, int] = {}  # of the numbers in the label files
         for index, name in sorted(names.items()):
             if name in self.class_names:
-                rank_zero_info(f"{self._config or self.root}: two classes are called {name!r}: they are one class.")
+                say(f"{self._config or self.root}: two classes are called {name!r}: they are one class.")
             else:
                 self.category_ids.append(index)
                 self.class_names.append(name)
@@ -220,7 +220,7 @@ class YoloData(DetectionData):
                 for place in value if isinstance(value, list) else [value]:
                     path = self._place(str(place))
                     if path is None and split == "test":
-                        rank_zero_info(f"{self._config}: {place} does not exist ({key}): there are no test images.")
+                        say(f"{self._config}: {place} does not exist ({key}): there are no test images.")
                     elif path is None:
                         raise FileNotFoundError(f"{self._config}: {place} does not exist ({key}); it is looked for in "
                                                 f"{self.root}")
@@ -276,7 +276,7 @@ class YoloData(DetectionData):
         if "train" not in found:
             found["train"] = rest
         elif rest:
-            rank_zero_info(f"{self.root}: {len(rest)} images in no folder of a split are not read, such as {rest[0]}.")
+            say(f"{self.root}: {len(rest)} images in no folder of a split are not read, such as {rest[0]}.")
         return found
 
     def _names_in_files(self) -> dict[int, str]:
@@ -296,7 +296,7 @@ class YoloData(DetectionData):
         if not numbers:
             raise ValueError(f"{self.root} has no data.yaml or classes.txt with the names of the classes, and no label "
                              "file with an object")
-        rank_zero_info(f"{self.root} has no data.yaml or classes.txt with the names of the classes: they are called "
+        say(f"{self.root} has no data.yaml or classes.txt with the names of the classes: they are called "
                        f"{_shown(sorted(numbers))}.")
         return {value: str(value) for value in numbers}
 
@@ -313,7 +313,7 @@ def _unwrapped(root: Path) -> Path:
     inside = visible_folders(root)
     if len(inside) == 1 and not any(entry.is_file() and not entry.name.startswith(".") for entry in root.iterdir()) \
             and split_of(inside[0].name, alone=True) is None and inside[0].name.lower() not in ("images", "labels"):
-        rank_zero_info(f"{root} holds the folder {inside[0].name} alone: that is read.")
+        say(f"{root} holds the folder {inside[0].name} alone: that is read.")
         return _unwrapped(inside[0])
     return root
 

@@ -25,7 +25,7 @@ from lightning_utilities.core.imports import RequirementCache
 
 from .. import data  # noqa: F401  (the data modules may be named without their module)
 from ..data.loading import LoadedData
-from ..data.report import DataReport
+from ..data.report import DataReport, say
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 
@@ -134,7 +134,7 @@ class _RunCLI(LightningCLI):
         for stage in stages:
             self.datamodule.setup(stage)
         if self.datamodule.report.splits:
-            rank_zero_info(f"The data:\n{self.datamodule.report.text()}")
+            say(f"The data:\n{self.datamodule.report.text()}")
         self._write_left_out()
 
     def _say_left_out(self) -> None:
