@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import models  # noqa: F401  (registers the zoo in timm)
+from .models._builder import allow_options
 
 __all__ = ["check_name", "fitting", "read_checkpoint", "timm_model"]
 
@@ -64,6 +65,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
+            allow_options()
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"checkpoint {path} pickles objects that are not weights; it was not opened") from None

@@ -12,13 +12,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "build_model", "cfg"]
+__all__ = ["CheckpointError", "allow_options", "build_model", "cfg"]
 
 StateDict = dict[str, Tensor]
-
-# torch.load and timm unpickle nothing but tensors and plain containers. Authors save their options beside them, as
-# argparse's namespaces and yacs's nodes; these are data too, and the latter come out as dicts, without a look at yacs.
-torch.serialization.add_safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")])
 
 
 class CheckpointError(RuntimeError):
@@ -72,6 +68,8 @@ def build_model(
         _check_fit(renamed, model, variant, features_only)
         return renamed
 
+    if pretrained:
+        allow_options()
     try:
         return build_model_with_cfg(
             construct, variant, pretrained,
@@ -83,6 +81,15 @@ def build_model(
         if model is None or not reading or not (message := _reading_error(error, variant, model.pretrained_cfg)):
             raise
         raise CheckpointError(message) from None
+
+
+def allow_options() -> None:
+    """Lets ``torch.load(weights_only=True)`` take the options that authors save beside tensors, in the whole process.
+
+    These are argparse's namespaces and yacs's nodes; the latter come out as dicts, without a look at yacs. To be called
+    before each reading: others' ``torch.serialization.safe_globals`` may end what is allowed.
+    """
+    torch.serialization.add_safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")])
 
 
 def _cache_dir(
