@@ -27,7 +27,9 @@ def test_exported_file_agrees_with_eager(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    ("test_biformer", {}), ("test_dinat", {"dilations": [[2]] * 4}), ("test_efficientvit_cga", {"depths": (1, 1, 1)})])
+    pytest.param("test_biformer", {}, marks=pytest.mark.slow),
+    pytest.param("test_dinat", {"dilations": [[2]] * 4}, marks=pytest.mark.slow),
+    ("test_efficientvit_cga", {"depths": (1, 1, 1)})])
 def test_dynamic_size(name, options, tmp_path):
     """Sizes other than the traced one are right too, also smaller ones, where the maps have to be padded."""
     import onnxruntime
@@ -248,7 +250,7 @@ def shape(value):
 
 def test_the_file_has_the_channels_and_the_size_that_the_model_was_made_for(tmp_path):
     torch.manual_seed(0)
-    export.export_onnx(timm.create_model("test_biformer", in_chans=1, num_classes=7), tmp_path / "grey.onnx")
+    export.export_onnx(timm.create_model("test_efficientvit_cga", in_chans=1), tmp_path / "grey.onnx")
     assert shape(onnx.load(tmp_path / "grey.onnx").graph.input[0])[1] == 1
     for name, options in {"test_agent_swin": dict(img_size=96), "test_vit": dict(img_size=(96, 128))}.items():
         export.export_onnx(timm.create_model(name, **options), tmp_path / "sized.onnx")
@@ -275,7 +277,7 @@ def test_feature_extractors_give_their_maps(tmp_path):
 @pytest.mark.parametrize("opset", [18, 23])
 def test_opset(opset, tmp_path):
     torch.manual_seed(0)
-    report = export.export_onnx(timm.create_model("test_dinat"), tmp_path / "model.onnx", opset=opset)
+    report = export.export_onnx(timm.create_model("test_vit"), tmp_path / "model.onnx", opset=opset)
     assert report.opset == opset
     assert {item.version for item in onnx.load(tmp_path / "model.onnx").opset_import if not item.domain} == {opset}
 
@@ -287,19 +289,20 @@ def test_an_opset_out_of_range_is_refused(tmp_path):
 
 def test_metadata(tmp_path):
     torch.manual_seed(0)
-    model = timm.create_model("test_dinat", num_classes=2)
-    model.run = {"backbone": "test_dinat", "class_names": ["cat", "dög"], "_mean": [0.1], "_std": [0.2]}
+    model = timm.create_model("test_efficientvit_cga", num_classes=2)
+    model.run = {"backbone": "test_efficientvit_cga", "class_names": ["cat", "dög"], "_mean": [0.1], "_std": [0.2]}
     export.export_onnx(model, tmp_path / "model.onnx")
     found = facts(tmp_path / "model.onnx")
     assert json.loads(found.pop("class_names")) == ["cat", "dög"]
     assert found.pop("producer").startswith("visionattn ")
     assert found == {
-        "task": "classification", "model": "test_dinat", "license": "mit", "image_size": "[224, 224]", "channels": "3",
+        "task": "classification", "model": "test_efficientvit_cga", "license": "mit", "image_size": "[224, 224]",
+        "channels": "3",
         "mean": "[0.1]", "std": "[0.2]"}
 
 
-@pytest.mark.parametrize("name", ["test_agent_deit", "test_agent_pvt", pytest.param(
-    "test_agent_cswin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["test_agent_deit", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("test_agent_pvt", "test_agent_cswin"))])
 def test_dynamic_size_of_models_with_tables(name, tmp_path):
     """Also the size that the tables are for, which needs no interpolation, is free."""
     import onnxruntime

@@ -204,14 +204,14 @@ def _maps_or_logits(
     segmenter = isinstance(model, Segmenter)
     channels, *own_size = _image_shape(model)
     size = (image_size or own_size)[0], (image_size or own_size)[1]
+    if dynamic_size and any(side % MULTIPLE for side in size):
+        raise ValueError(f"free sizes are multiples of {MULTIPLE}; the example of {size[0]} x {size[1]} is not one")
     with torch.inference_mode(), _explained("PyTorch cannot export this model"):
         answers = model(torch.zeros(1, channels, *size))
     features = isinstance(answers, (list, tuple))
     names = [f"map_{i}" for i in range(len(answers))] if features else ["logits"]
     free: dict[int, Any] = {0: torch.export.Dim("batch")}
     if dynamic_size:
-        if any(side % MULTIPLE for side in size):
-            raise ValueError(f"free sizes are multiples of {MULTIPLE}; the example of {size[0]} x {size[1]} is not one")
         # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
         rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
         free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}

@@ -1,6 +1,5 @@
 """CocoData: what becomes of records and images, and what it says about those that cannot be used."""
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -15,15 +14,6 @@ from .images import coco_content, truncate, write_image
 SMALL = dict(
     train_images="images", train_annotations="train.json", val_images="images", val_annotations="val.json",
     batch_size=3, num_workers=0, masks=True)
-
-
-@pytest.fixture
-def said(caplog):
-    """What was reported to the user."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """COCO files as labelling tools, converters and scripts write them: read right, or refused in one line."""
 import json
-import logging
 import tracemalloc
 
 import lightning.pytorch as pl
@@ -15,15 +14,6 @@ from visionattn.data.polygons import mask_of, segmentation_of
 from visionattn.tasks import DetectionTask
 
 from .images import coco_content, truncate, write_image
-
-
-@pytest.fixture
-def said(caplog):
-    """What was reported to the user."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """ImageFolderData: the layouts it reads, and what it says about those that it cannot."""
-import logging
 import pickle
 from collections import Counter
 
@@ -19,15 +18,6 @@ def photos(tmp_path):
     for split in ("train", "val"):
         write_classes(tmp_path / split)
     return tmp_path
-
-
-@pytest.fixture
-def said(caplog):
-    """What was reported to the user."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_batches(photos):

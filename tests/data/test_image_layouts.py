@@ -1,6 +1,5 @@
 """ImageFolderData finds splits and classes in folders as people have them, or asks in one line."""
 import csv
-import logging
 import shutil
 from collections import Counter
 
@@ -14,15 +13,6 @@ from visionattn.data import ImageFolderData
 from .images import truncate, write_classes, write_image
 
 SMALL = dict(image_size=32, batch_size=4, num_workers=0)
-
-
-@pytest.fixture
-def said(caplog):
-    """What was reported to the user."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def _make(root, stage="fit", **kwargs):

@@ -1,5 +1,4 @@
 """SegmentationFolderData reads masks as tools save them, or says in one line what they hold and which option fits."""
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,6 @@ from .images import truncate, write_image
 
 SMALL = dict(crop_size=32, short_side=None, batch_size=2, num_workers=0)
 ROAD = (128, 64, 128)
-
-
-@pytest.fixture
-def said(caplog):
-    """What was reported to the user."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def _label(seed=0):

@@ -1,5 +1,4 @@
 """SegmentationFolderData: the layouts, the transforms, and what it says about files that cannot be used."""
-import logging
 
 import numpy as np
 import pytest
@@ -13,15 +12,6 @@ from .images import truncate, write_image, write_mask
 
 SMALL = dict(crop_size=32, short_side=None, batch_size=2, num_workers=0)
 NAMES = ["ground", "cat", "dog"]
-
-
-@pytest.fixture
-def said(caplog):
-    """What was reported to the user."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

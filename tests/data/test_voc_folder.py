@@ -1,6 +1,5 @@
 """VocData: XML files and images as tools and people put them."""
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,6 @@ from .images import write_image
 
 OBJECT = ("<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}"
           "</object>")
-
-
-@pytest.fixture
-def said(caplog):
-    """What was reported to the user."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 BOX = OBJECT.format("box", 3, 4, 20, 30, "")

@@ -1,6 +1,5 @@
 """YoloData: label files and data.yaml of the tools that write them, read right or refused in one line."""
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,6 @@ from .images import truncate, write_image
 BOX = "0 0.25 0.5 0.25 0.25"  # of 40 x 36 pixels: 5 to 15 and 13.5 to 22.5
 EDGES = [5.0, 13.5, 15.0, 22.5]
 YAML = "path: .\ntrain: images/train\nval: images/val\nnames:\n  0: box\n  1: ring\n"
-
-
-@pytest.fixture
-def said(caplog):
-    """What was reported to the user."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def _write(root, images="images/{}", labels="labels/{}", splits=("train", "val"), text=BOX, count=3, start=0):

@@ -207,6 +207,11 @@ class AgentCSwin(AgentBackbone):
         return [(-(-first[0] // n), -(-first[1] // n)) for n in (1, 2, 4, 8)]
 
 
+def dense_args(variant: str, task: str) -> dict[str, Any]:
+    """Nothing: the authors have no code of this family for ``"detection"`` or ``"segmentation"``."""
+    return {}
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Renames the authors' entries to ours (ours stay), and fits tables to the model's image size.
 
@@ -291,5 +296,6 @@ family = Family(
         "agent_cswin_b": Published(84.7, 14.9), "agent_cswin_b_384": Published(85.8, 46.3),
     },
     peers=[Peer("agent_cswin_t", "swin_tiny_patch4_window7_224")],
+    dense_args=dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,
 )

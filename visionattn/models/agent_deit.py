@@ -146,6 +146,11 @@ class AgentDeiT(TokenBackbone):
         return tokens + self.pos_embed(x.shape[1], x.shape[2])
 
 
+def dense_args(variant: str, task: str) -> dict[str, Any]:
+    """Nothing: the authors have no code of this family for ``"detection"`` or ``"segmentation"``."""
+    return {}
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Renames the authors' entries to ours (ours stay), and fits tables to the model's image size."""
     renamed = {"pos_embed.table" if key == "pos_embed" else key: x for key, x in state_dict.items()}
@@ -211,6 +216,7 @@ family = Family(
         "agent_deit_s_448": Published(83.1, 17.7), "agent_deit_b": Published(82.0, 17.6),
     },
     peers=[Peer("agent_deit_t", "deit_tiny_patch16_224"), Peer("agent_deit_t", "deit_tiny_patch16_224", size=672)],
+    dense_args=dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,
     reductions=(16,),
 )

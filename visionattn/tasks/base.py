@@ -43,7 +43,7 @@ class Task(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint stand alone: rebuilding from it needs neither a download nor the file it started from."""
         checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint_path": None}
-        normalisation = getattr(getattr(self.trainer, "datamodule", None), "normalisation", None)
+        normalisation = getattr(getattr(self._trainer, "datamodule", None), "normalisation", None)
         if normalisation is not None:  # what an exported file says of its images
             checkpoint["hyper_parameters"]["_mean"], checkpoint["hyper_parameters"]["_std"] = map(list, normalisation)
 
