@@ -16,7 +16,7 @@ from tests.test_dense import DILATIONS
 from visionattn.data import DigitScenesData
 from visionattn.layers.auxiliary import AuxiliaryLosses
 from visionattn.models import family_of
-from visionattn.tasks import SegmentationTask
+from visionattn.tasks import DetectionTask, SegmentationTask
 
 CLASSES = 5  # of the random pictures; the last never occurs
 
@@ -314,3 +314,12 @@ def test_mean_iou_of_nothing_is_not_a_number(monkeypatch, labels, prediction, ex
     task.test_loss.update(1.0)
     task._log("test", task.test_matrix, task.test_loss)
     assert logged["test/miou"] == pytest.approx(float("nan") if expected is None else expected, nan_ok=True)
+
+
+def test_data_of_another_task_is_named(trainer):
+    scenes = dict(train_scenes=2, val_scenes=2, test_scenes=2, batch_size=2)
+    with pytest.raises(ValueError, match=r"the data gives objects: set data.init_args.task to segmentation"):
+        trainer(max_epochs=1).fit(_task(num_classes=11), DigitScenesData(**scenes))
+    detector = DetectionTask("test_dinat", num_classes=10, detector="fcos", min_size=64)
+    with pytest.raises(ValueError, match=r"the data gives label maps: set data.init_args.task to detection"):
+        trainer(max_epochs=1).fit(detector, DigitScenesData(task="segmentation", **scenes))

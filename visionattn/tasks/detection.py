@@ -215,6 +215,9 @@ class DetectionTask(Task):
         return metric
 
     def _check_masks(self, targets: list[dict[str, Any]]) -> None:
+        if isinstance(targets, Tensor):
+            raise ValueError("detection needs objects, and the data gives label maps: set data.init_args.task to "
+                             "detection if the data has that, or take SegmentationTask")
         if self.args.detector == "mask_rcnn" and not all("masks" in target for target in targets):
             raise ValueError("mask_rcnn needs masks, and the data has none: set data.init_args.masks to true, or take "
                              "detector faster_rcnn")

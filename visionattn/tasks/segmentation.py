@@ -175,6 +175,7 @@ class SegmentationTask(Task):
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss of one batch: the head's, the auxiliary head's, and the backbone's own."""
         images, labels = batch
+        _check_labels(labels)
         size = labels.shape[-2:]
         features = self.model.features(images)
         losses = {"segmentation": self.loss(resize(self.model.head(features), size), labels)}
@@ -234,6 +235,7 @@ class SegmentationTask(Task):
 
     def _evaluate(
             self, matrix: Metric, loss: MeanMetric, images: Tensor, labels: Tensor, testing: bool = False) -> None:
+        _check_labels(labels)
         logits = self.infer(images, labels.shape[-2:], testing)
         matrix.update(logits.argmax(dim=1), labels)
         for one, truth in zip(logits.split(1), labels.split(1), strict=True):  # so that batches do not matter
@@ -262,3 +264,9 @@ class SegmentationTask(Task):
         photo = Image.fromarray((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(0, -1).numpy())
         self.results["pictures"].save(Image.blend(photo, label_map.convert("RGB"), 0.5), name)
         return self.results["predictions"].save(label_map, name)
+
+
+def _check_labels(labels: Any) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError("segmentation needs a label for every pixel, and the data gives objects: set "
+                         "data.init_args.task to segmentation if the data has that, or take DetectionTask")
