@@ -252,10 +252,10 @@ def check_size(images: Tensor, least: int) -> None:
 class TokenBackbone(Backbone):
     """A backbone of blocks on tokens of one resolution, prefix tokens (a class token) first.
 
-    A subclass has what a :class:`Backbone` has, and says in :meth:`as_tokens` how a map of
-    patches becomes tokens. Its ``blocks`` are an ``nn.ModuleList``; each takes tokens, height and width of the map. If
-    tokens go another way through the blocks (some are dropped, or handed to later blocks) it overrides
-    :meth:`run_parts`, which returns whole maps, and :meth:`forward_features`.
+    A subclass has what a :class:`Backbone` has, and says in :meth:`as_tokens` how a map of patches becomes tokens. Its
+    ``blocks`` are an ``nn.ModuleList``; each takes tokens, height and width of the map. If tokens go another way through
+    the blocks (some are dropped, or handed to later blocks) it overrides :meth:`run_parts`, which returns whole maps, and
+    :meth:`forward_features`.
     """
 
     parts = "blocks"
