@@ -63,8 +63,6 @@ class DenseBackbone(nn.Module):
             model_args: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if task not in ("detection", "segmentation"):
-            raise ValueError(f"task must be detection or segmentation, got {task!r}")
         if pretrained and checkpoint_path:
             raise ValueError("pretrained and checkpoint_path were both given; choose one to start from")
         self.name, self.frozen_norms = name, frozen_norms

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate
 
 from . import __version__
+from .dense import DenseBackbone
 from .heads import PyramidPooling, Segmenter
 from .heads.detector import DETECTORS
 from .models import family_of
@@ -228,9 +229,14 @@ def _maps_or_logits(
         shapes=[(batch, channels, *size) for size in sizes for batch in (1, 1 + _IMAGES)])
 
 
+def _timm_model(model: Any) -> Any:
+    """The timm model in a segmenter or a detector; others are one themselves."""
+    return next((module.model for module in model.modules() if isinstance(module, DenseBackbone)), model)
+
+
 def _image_shape(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model was made for."""
-    model = model.backbone.model if isinstance(model, Segmenter) else model
+    model = _timm_model(model)
     channels, height, width = model.pretrained_cfg["input_size"]
     inner = getattr(model, "model", model)  # of what timm wraps for features
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
@@ -241,8 +247,7 @@ def _image_shape(model: Any) -> tuple[int, int, int]:
 
 def _free_size(model: Any) -> bool:
     """Whether the family of a classifier or of a segmenter's backbone exports with free sizes."""
-    backbone = model.backbone.model if isinstance(model, Segmenter) else model
-    name = getattr(backbone, "pretrained_cfg", {}).get("architecture")
+    name = getattr(_timm_model(model), "pretrained_cfg", {}).get("architecture")
     family = family_of(name) if name and timm.is_model(name) else None
     return family is None or family.free_size
 
@@ -251,8 +256,7 @@ def _facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     """What is written into the file beside the graph, for those who feed it."""
     run: dict[str, Any] = getattr(model, "run", {})
     inside = isinstance(model, (Segmenter, *DETECTORS.values()))  # normalisation is part of the graph
-    backbone = model.backbone if inside else model
-    config = getattr(getattr(backbone, "model", backbone), "pretrained_cfg", {})
+    config = getattr(_timm_model(model), "pretrained_cfg", {})
     if isinstance(model, Segmenter):
         task = "segmentation"
     elif inside:
