@@ -51,6 +51,11 @@ def main(argv: list[str]) -> None:
             load_from_checkpoint_support=False, parser_kwargs={"prog": "visionattn"}, args=argv)
     except argparse.ArgumentError as error:
         raise argparse.ArgumentError(None, _parsing_fault(str(error))) from error
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError("a batch norm got a single value in each channel, of which it cannot take statistics: set "
+                         "data.init_args.batch_size to 2 or more, or take larger images") from error
 
 
 class _RunCLI(LightningCLI):
