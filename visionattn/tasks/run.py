@@ -26,6 +26,7 @@ from lightning_utilities.core.imports import RequirementCache
 from .. import data  # noqa: F401  (the data modules may be named without their module)
 from ..data.loading import LoadedData
 from ..data.report import DataReport, say
+from ..recipes import with_recipes
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     """Runs ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
-        argv: The command and its options, as they come from the shell.
+        argv: The command and its options, as they come from the shell; ``--config`` may name a shipped recipe.
 
     Raises:
         argparse.ArgumentError: The options or the configuration cannot be read; the message is one line.
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> None:
         FileNotFoundError: A file that the configuration names does not exist.
     """
     _silence()
+    argv = with_recipes(argv)
     try:
         _RunCLI(
             pl.LightningModule, pl.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
