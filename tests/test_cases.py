@@ -225,6 +225,7 @@ def test_only_twenty_images(root, log):
     """The recipe as it is, with its moving average of the weights."""
     photos(root, 10, classes=("cat", "dog"))
     small = ["--model.backbone", "test_dinat", "--data.image_size", "32", "--data.num_workers", "0",
+             "--data.min_batches", "1",
              "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
              "--trainer.default_root_dir", str(root.parent / "run")]
     assert main(["fit", "--config", "configs/classification/imagefolder_finetune.yaml", "--data.root", str(root),

@@ -19,6 +19,7 @@ COMMANDS = [shlex.split(line) for kind, block in BLOCKS if kind == "bash" for li
 EXAMPLES = [block for kind, block in BLOCKS if kind == "python"]
 SHORTER = {
     "fit": ["--trainer.max_epochs", "1", "--data.init_args.batch_size", "4", "--data.init_args.num_workers", "0",
+            "--data.init_args.min_batches", "1",
             "--trainer.enable_progress_bar", "false"],
     "test": ["--trainer.enable_progress_bar", "false"],
     "predict": ["--trainer.enable_progress_bar", "false"],

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
 COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 SHORTER = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--data.init_args.batch_size", "2",
-           "--data.init_args.num_workers", "0", "--model.init_args.backbone", "test_dinat"]
+           "--data.init_args.num_workers", "0", "--data.init_args.min_batches", "1",
+           "--model.init_args.backbone", "test_dinat"]
 SMALLER = {
     "imagefolder_finetune": ["--data.init_args.image_size", "32"],
     "coco_finetune": ["--model.init_args.fpn_channels", "64", "--model.init_args.min_size", "64",

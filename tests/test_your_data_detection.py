@@ -15,7 +15,7 @@ SECTION = (ROOT / "docs" / "your-data.md").read_text().partition("## Boxes and i
 BLOCKS = re.findall(r"```bash\n(.*?)```", SECTION, flags=re.DOTALL)
 COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 SMALLER = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-           "--data.init_args.batch_size", "2", "--data.init_args.num_workers", "0",
+           "--data.init_args.batch_size", "2", "--data.init_args.num_workers", "0", "--data.init_args.min_batches", "1",
            "--model.init_args.backbone", "test_dinat", "--model.init_args.fpn_channels", "64",
            "--model.init_args.min_size", "64", "--model.init_args.max_size", "96"]
 LABEL = "0 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75\n"

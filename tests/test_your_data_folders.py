@@ -15,7 +15,7 @@ from visionattn.data.guess import guess_data
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "your-data.md").read_text()
 SMALLER = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-           "--data.init_args.batch_size", "2", "--data.init_args.num_workers", "0",
+           "--data.init_args.batch_size", "2", "--data.init_args.num_workers", "0", "--data.init_args.min_batches", "1",
            "--model.init_args.backbone", "test_dinat"]
 LABELMAP = "# label:color_rgb:parts:actions\nbackground:0,0,0::\nroad:128,64,128::\n"
 SIZES = {"imagefolder_finetune": ["--data.init_args.image_size", "32"],

@@ -12,7 +12,7 @@ from visionattn.cli import main
 
 CONFIGS = Path(visionattn.__file__).parent / "configs" / "detection"
 SMALLER = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-           "--data.init_args.num_workers", "0", "--data.init_args.batch_size", "2",
+           "--data.init_args.num_workers", "0", "--data.init_args.min_batches", "1", "--data.init_args.batch_size", "2",
            "--model.init_args.backbone", "test_dinat", "--model.init_args.fpn_channels", "64",
            "--model.init_args.min_size", "64", "--model.init_args.max_size", "96"]
 MASKS = ["--data.init_args.masks", "true", "--model.init_args.detector", "mask_rcnn"]

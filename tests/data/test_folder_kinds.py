@@ -11,7 +11,7 @@ from visionattn.cli import main
 
 CONFIGS = Path(visionattn.__file__).parent / "configs"
 COMMON = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-          "--data.init_args.num_workers", "0", "--data.init_args.batch_size", "4",
+          "--data.init_args.num_workers", "0", "--data.init_args.min_batches", "1", "--data.init_args.batch_size", "4",
           "--model.init_args.backbone", "test_dinat"]
 SMALLER = {
     "classification/imagefolder_finetune": ["--data.init_args.image_size", "32"],

@@ -235,7 +235,8 @@ def test_trains_through_the_command_line(tmp_path, monkeypatch):
     assert main(["fit", "--config", str(config), "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
                  "--model.init_args.backbone", "test_dinat", "--model.init_args.fpn_channels", "64",
                  "--model.init_args.min_size", "64", "--model.init_args.max_size", "96",
-                 "--data.init_args.num_workers", "0", "--trainer.enable_progress_bar", "false"]) == 0
+                 "--data.init_args.num_workers", "0", "--data.init_args.min_batches", "1",
+                 "--trainer.enable_progress_bar", "false"]) == 0
     metrics = json.loads((tmp_path / "runs" / "voc_finetune" / "test_metrics.json").read_text())
     assert (metrics["num_images"], metrics["num_classes"]) == (1, 1)
 

@@ -314,7 +314,8 @@ def test_trains_through_the_command_line(tmp_path, monkeypatch):
     config = Path(visionattn.__file__).parent / "configs" / "detection" / "yolo_finetune.yaml"
     small = ["--model.init_args.backbone", "test_dinat", "--model.init_args.fpn_channels", "64",
              "--model.init_args.min_size", "64", "--model.init_args.max_size", "96", "--trainer.accelerator", "cpu",
-             "--data.init_args.num_workers", "0", "--data.init_args.batch_size", "2",
+             "--data.init_args.num_workers", "0", "--data.init_args.min_batches", "1",
+             "--data.init_args.batch_size", "2",
              "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(config), "--data.init_args.root", "photos", "--data.init_args.on_error", "skip",
                  "--trainer.max_epochs", "1", *small]) == 0

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from visionattn import tasks
 from visionattn.data import DigitsData
+from visionattn.data.loading import LoadedData
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = ["classification/imagefolder_finetune", "detection/coco_finetune", "segmentation/folder_finetune"]
@@ -20,14 +21,16 @@ TINY = {
 }
 
 
-def _rates(recipe, images):
+def _rates(recipe, images, **trainer):
     """The learning rate of every optimiser step of a recipe on so many training images, as shares of the peak."""
     config = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
     name = config["model"]["class_path"]
     task = getattr(tasks, name)(**config["model"]["init_args"] | {"backbone": "test_dinat", "layer_decay": None}
                                 | TINY[name])
-    epoch = max(images // config["data"]["init_args"]["batch_size"], 1)
-    steps = epoch * config["trainer"]["max_epochs"]
+    data = config["data"]["init_args"]
+    loaded = LoadedData(data["batch_size"], 0, 0, data["min_batches"])
+    epoch = len(loaded._train_loader(range(images)))
+    steps = epoch * (config["trainer"] | trainer)["max_epochs"]
     task._trainer = SimpleNamespace(
         estimated_stepping_batches=steps, num_training_batches=epoch, accumulate_grad_batches=1,
         fit_loop=SimpleNamespace(setup_data=lambda: None))
@@ -45,6 +48,16 @@ def test_recipes_reach_their_peak_and_come_down(recipe, images):
     assert rates.mean() > 0.35  # most of the run is trained at a rate that moves something
     if images > 1000:
         assert rates.argmax() < 4 * epoch
+    # Few images are seen often enough to learn something, and many as often as the epochs say.
+    assert len(rates) >= 600
+    assert (len(rates) < 1500) == (images < 1000)
+
+
+def test_epochs_that_a_user_asks_for_are_the_epochs_that_there_are():
+    rates, epoch = _rates(RECIPES[0], 20, max_epochs=2)
+    assert (len(rates), epoch) == (40, 20)
+    assert rates.max() == 1
+    assert rates[-1] < 0.1
 
 
 def _shares(steps):

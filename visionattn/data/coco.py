@@ -74,6 +74,8 @@ class CocoData(DetectionData):
             tell: ``seen``, the picture as viewers and labelling tools show it, or ``stored``, as it lies in the file.
         value_range: Of images of more than 8 bits: ``type``, ``file`` or the two values that are black and white.
         max_pixels: Largest image that is decoded.
+        min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
+            several times, each time changed at random anew.
 
     Raises:
         FileNotFoundError: A JSON file or folder does not exist.
@@ -103,10 +105,11 @@ class CocoData(DetectionData):
             orientation: Literal["seen", "stored"] = "seen",
             value_range: Literal["type", "file"] | tuple[float, float] = "type",
             max_pixels: int = MAX_PIXELS,
+            min_batches: int = 1,
     ):
         super().__init__(
             root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
-            on_error, verify, orientation, value_range, max_pixels)
+            on_error, verify, orientation, value_range, max_pixels, min_batches)
         self._folders = {"train": train_images, "val": val_images, "test": test_images or val_images}
         named = {"train": train_annotations, "val": val_annotations, "test": test_annotations}
         self._json = {split: self.root / file for split, file in named.items() if file is not None}

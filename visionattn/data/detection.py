@@ -110,6 +110,8 @@ class DetectionData(LoadedData):
             the pixels as they lie in the file. The images themselves are always loaded as they are seen.
         value_range: Of images of more than 8 bits: ``type``, ``file`` or the two values that are black and white.
         max_pixels: Largest image that is decoded.
+        min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
+            several times, each time changed at random anew.
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
@@ -120,8 +122,8 @@ class DetectionData(LoadedData):
             self, root: str, predict_root: str | None, masks: bool, batch_size: int, num_workers: int, seed: int,
             train_sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None,
             on_error: Literal["raise", "skip"], verify: bool, orientation: Literal["seen", "stored"],
-            value_range: Literal["type", "file"] | tuple[float, float], max_pixels: int):
-        super().__init__(batch_size, num_workers, seed)
+            value_range: Literal["type", "file"] | tuple[float, float], max_pixels: int, min_batches: int):
+        super().__init__(batch_size, num_workers, seed, min_batches)
         if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
             raise ValueError(f"train_sizes must be one or more lengths in pixels, or null, got {train_sizes}")
         if orientation not in ("seen", "stored"):

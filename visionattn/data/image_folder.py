@@ -76,6 +76,8 @@ class ImageFolderData(LoadedData):
             None takes all, and asks where it is not clear which folders are classes.
         value_range: Of images of more than 8 bits: ``type``, ``file`` or the two values that are black and white.
         max_pixels: Largest image that is decoded.
+        min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
+            several times, each time changed at random anew.
 
     Raises:
         FileNotFoundError: ``root`` or ``predict_root`` does not exist.
@@ -108,8 +110,9 @@ class ImageFolderData(LoadedData):
             classes: list[str] | None = None,
             value_range: Literal["type", "file"] | tuple[float, float] = "type",
             max_pixels: int = MAX_PIXELS,
+            min_batches: int = 1,
     ):
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, min_batches)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         if on_bad_image not in (None, "error", "skip"):

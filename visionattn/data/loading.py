@@ -1,4 +1,5 @@
 """How batches are drawn, the same for every data module: reproducibly, also after a resume and on several devices."""
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -6,9 +7,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 
-from .report import DataReport
+from .report import DataReport, say
 
 __all__ = ["LoadedData", "collate_detection"]
 
@@ -24,21 +25,30 @@ class LoadedData(pl.LightningDataModule):
 
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; PyTorch's own if None
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int):
+    def __init__(self, batch_size: int, num_workers: int, seed: int, min_batches: int = 1):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        if min_batches < 1:
+            raise ValueError(f"min_batches must be 1 or more, got {min_batches}")
+        self.batch_size, self.num_workers, self.seed, self.min_batches = batch_size, num_workers, seed, min_batches
         self.eval_batch_size = batch_size
         self.report = DataReport()
 
     def _train_loader(self, dataset: Dataset, endless: bool = False) -> DataLoader:
         """Shuffled batches; the last, smaller one is left out unless it is the only one.
 
-        Epoch ``e`` of an ``endless`` dataset of length ``n`` are its items ``n * e`` to ``n * (e + 1) - 1``.
+        An epoch goes through a dataset several times that is too small for ``min_batches``. Epoch ``e`` of an
+        ``endless`` dataset of length ``n`` are its items ``n * e`` to ``n * (e + 1) - 1``.
         """
+        ranks, images = self._ranks()[0], len(dataset)  # type: ignore[arg-type]
+        times = 1 if endless else math.ceil(self.min_batches * self.batch_size * ranks / images)
+        if self.min_batches > 1 and times > 1:
+            say(f"An epoch goes through the {images} training images {times} times: data.init_args.min_batches is "
+                f"{self.min_batches}.")
+            dataset = ConcatDataset([dataset] * times)
         sampler = _EpochSampler(dataset, *self._ranks(), seed=self.seed, endless=endless)
         full = len(sampler) >= self.batch_size
         return _EpochLoader(

@@ -106,6 +106,8 @@ class SegmentationFolderData(LoadedData):
             ``seen`` is the picture as viewers show it, ``stored`` the pixels as they lie in the file.
         value_range: Of images of more than 8 bits: ``type``, ``file`` or the two values that are black and white.
         max_pixels: Largest image that is decoded.
+        min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
+            several times, each time changed at random anew.
 
     Raises:
         FileNotFoundError: A folder or list does not exist.
@@ -145,8 +147,9 @@ class SegmentationFolderData(LoadedData):
             orientation: Literal["seen", "stored"] = "seen",
             value_range: Literal["type", "file"] | tuple[float, float] = "type",
             max_pixels: int = MAX_PIXELS,
+            min_batches: int = 1,
     ):
-        super().__init__(batch_size, num_workers, seed)
+        super().__init__(batch_size, num_workers, seed, min_batches)
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         if not 0 < val_fraction < 1:
