@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -46,6 +46,14 @@ class Task(pl.LightningModule):
         normalisation = getattr(getattr(self._trainer, "datamodule", None), "normalisation", None)
         if normalisation is not None:  # what an exported file says of its images
             checkpoint["hyper_parameters"]["_mean"], checkpoint["hyper_parameters"]["_std"] = map(list, normalisation)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes a run that was moved where it is: callbacks know its best checkpoint by the path that it had."""
+        savers = getattr(self._trainer, "checkpoint_callbacks", [])
+        for saver in savers:
+            state = checkpoint.get("callbacks", {}).get(saver.state_key)
+            if isinstance(saver, ModelCheckpoint) and state and state.get("dirpath") != saver.dirpath:
+                checkpoint["callbacks"][saver.state_key] = _moved(state, str(state["dirpath"]), str(saver.dirpath))
 
     def on_predict_start(self) -> None:
         """Removes the results of an earlier prediction from the run folder: they may be of other images."""
@@ -108,6 +116,15 @@ class _MovingAverage:
             torch._foreach_lerp_(averages, weights, 1 - decay)
         else:  # counts, such as a batch norm's
             torch._foreach_copy_(averages, weights)
+
+
+def _moved(value: Any, before: str, now: str) -> Any:
+    """The state of a callback with paths in the folder ``now`` for those in ``before``."""
+    if isinstance(value, str) and (value == before or value.startswith(before + os.sep)):
+        return now + value[len(before):]
+    if isinstance(value, dict):
+        return {_moved(key, before, now): _moved(inner, before, now) for key, inner in value.items()}
+    return value
 
 
 def check_arguments(num_classes: int, least: int, class_names: list[str] | None, ema_decay: float | None) -> None:

@@ -29,6 +29,7 @@ from ..data.report import DataReport, say
 from ..recipes import with_recipes
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
+from .run_folder import moved_run, relocated, with_run_folders
 
 __all__ = ["main"]
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
         FileNotFoundError: A file that the configuration names does not exist.
     """
     _silence()
-    argv = with_recipes(argv)
+    argv = with_run_folders(with_recipes(argv))
     try:
         _RunCLI(
             pl.LightningModule, pl.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
@@ -76,6 +77,10 @@ class _RunCLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = f"runs/{time.strftime('%Y-%m-%d-%H%M%S')}"
         run = Path(config.trainer.default_root_dir)
+        for file in config.get("config") or []:  # callbacks and loggers may name the place where a run was
+            moved = moved_run(Path(str(file)))
+            if moved and moved.now == run:
+                config.trainer = relocated(config.trainer, moved)
         self._ckpt_path = _find_checkpoint(str(self.subcommand), config.ckpt_path, run, config.model.init_args)
         config.ckpt_path = None  # config.yaml describes the run, not how it was resumed
         self._classes = {name: config.model.init_args.get(name) for name in ("num_classes", "class_names")}
