@@ -94,7 +94,6 @@ class Task(pl.LightningModule):
             path = Path(self.trainer.default_root_dir, "test_metrics.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(metrics, indent=2) + "\n")
-            rank_zero_info(f"Test metrics are in {path}")
 
 
 class _MovingAverage:

@@ -24,9 +24,9 @@ class ClassificationTask(Task):
     """Trains and tests a timm model as an image classifier.
 
     Logs ``train/loss`` and the model's auxiliary losses, which it includes, as ``train/<name>``; ``val/`` and ``test/``
-    ``accuracy``, ``accuracy_top5`` (both fractions) and ``loss``. Testing writes ``test_metrics.json``, prediction
-    ``predictions.csv``, into the trainer's ``default_root_dir``. Accumulated gradients, clipping and mixed precision
-    are the Trainer's.
+    ``accuracy``, with more than five classes ``accuracy_top5`` (both fractions), and ``loss``. Testing writes
+    ``test_metrics.json``, prediction ``predictions.csv``, into the trainer's ``default_root_dir``. Accumulated
+    gradients, clipping and mixed precision are the Trainer's.
 
     Args:
         backbone: Name of a model of timm's registry, ours included.
@@ -88,10 +88,9 @@ class ClassificationTask(Task):
             args["drop_path_rate"] = drop_path_rate
         self.model = _create_model(backbone, pretrained, checkpoint_path, args)
         self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
-        metrics = MetricCollection({
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
-        })
+        metrics = MetricCollection({"accuracy": MulticlassAccuracy(num_classes, average="micro")})
+        if num_classes > 5:
+            metrics.add_metrics({"accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=5)})
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.num_tested = SumMetric()
@@ -181,8 +180,8 @@ class ClassificationTask(Task):
         logits = self(images)
         loss.update(cross_entropy(logits, labels), weight=len(labels))
         metrics.update(logits, labels)
-        self.log_dict(metrics, prog_bar=split == "val")
-        self.log(f"{split}/loss", loss, prog_bar=split == "val")
+        self.log_dict(metrics)
+        self.log(f"{split}/loss", loss)
 
 
 def _create_model(backbone: str, pretrained: bool, checkpoint_path: str | None, args: dict[str, Any]) -> nn.Module:

@@ -250,7 +250,7 @@ class DetectionTask(Task):
                     names[label - 1]: None if value < 0 else round(value, 6)
                     for label, value in zip(labels, values, strict=True)}
         logged = [key for key in metrics if key.endswith(("_map", "_map_50", "_map_75"))]
-        self.log_dict({f"{split}/{key}": metrics[key] or 0.0 for key in logged}, prog_bar=split == "val")
+        self.log_dict({f"{split}/{key}": metrics[key] or 0.0 for key in logged})
         return metrics
 
     def _records(self, target: dict[str, Any], detections: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -9,13 +9,14 @@ import csv
 import inspect
 import logging
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -30,6 +31,7 @@ from ..recipes import with_recipes
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 from .run_folder import moved_run, relocated, with_run_folders
+from .story import EpochLines, OneBar, figures
 
 __all__ = ["main"]
 
@@ -123,12 +125,14 @@ class _RunCLI(LightningCLI):
         self._show_data("validate")
 
     def after_validate(self) -> None:
+        self._say_metrics()
         self._say_left_out()
 
     def before_test(self) -> None:
         self._show_data("test")
 
     def after_test(self) -> None:
+        self._say_metrics()
         self._say_left_out()
 
     def after_predict(self) -> None:
@@ -181,8 +185,18 @@ class _RunCLI(LightningCLI):
         # raw weights in place of the average that the checkpoint holds.
         trainer.loggers = []
         trainer.callbacks = [callback for callback in trainer.callbacks
-                             if not isinstance(callback, (ModelCheckpoint, WeightAveraging))]
-        trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(path))
+                             if not isinstance(callback, (ModelCheckpoint, WeightAveraging, EpochLines))]
+        trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(path), verbose=False)
+        self._say_metrics(f" of {path}")
+
+    def _say_metrics(self, which: str = "") -> None:
+        """Says what a test or a validation measured."""
+        metrics = {key: value for key, value in self.trainer.callback_metrics.items() if key.startswith(("val/", "test/"))}
+        if metrics and _is_first_process():
+            split = next(iter(metrics)).partition("/")[0]
+            written = Path(self.trainer.default_root_dir, "test_metrics.json")
+            where = f" ({written})" if split == "test" and written.is_file() else ""
+            print(f"{'Test' if split == 'test' else 'Validation'}{which}: {figures(metrics)}{where}", flush=True)
 
     def _ends_with_test(self) -> bool:
         trainer: Any = self.trainer
@@ -190,20 +204,27 @@ class _RunCLI(LightningCLI):
                     and is_overridden("test_dataloader", self.datamodule or self.model))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self._ckpt_path}
+        quiet = {"verbose": False} if subcommand in ("validate", "test") else {}  # the metrics are said in one line
+        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self._ckpt_path} | quiet
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand].trainer
         run, fitting = Path(config.default_root_dir), self.subcommand == "fit"
+        given = config.callbacks or []
+        callbacks = list(given) if isinstance(given, list) else [given]
+        if config.enable_model_summary is None:
+            kwargs["enable_model_summary"] = False
+        if config.enable_progress_bar is None and not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
+        elif config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(OneBar())
         if not fitting:
             # What they measure goes into files of its own; metrics.csv and config.yaml stay those of the training.
             self.save_config_callback = None
             # Said by a checkpoint callback of Lightning's own, which has nothing to do here.
             warnings.filterwarnings("ignore", "The dirpath has changed from")
-            return super().instantiate_trainer(logger=False, **kwargs)
+            return super().instantiate_trainer(logger=False, callbacks=callbacks, **kwargs)
         self.config = self._config_to_save
-        given = config.callbacks or []
-        callbacks = list(given) if isinstance(given, list) else [given]
         if config.logger is None or config.logger is True:
             kwargs["logger"] = [(_ResumedCSVLogger if self._ckpt_path else CSVLogger)(run, name="", version="")]
             if RequirementCache("tensorboard") or RequirementCache("tensorboardX"):
@@ -215,8 +236,8 @@ class _RunCLI(LightningCLI):
             if monitor is not None:
                 callbacks.append(ModelCheckpoint(**common, filename="best", monitor=monitor, mode=mode))
             callbacks.append(ModelCheckpoint(**common, filename="last"))
-        if config.logger is not False and not any(isinstance(c, LearningRateMonitor) for c in callbacks):
-            callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+        self.lines = EpochLines()
+        callbacks.append(self.lines)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 
@@ -295,10 +316,30 @@ def _silence() -> None:
     """Hides what our users can do nothing about; nothing else."""
     for message in (".*jsonargparse.*", ".*add_instantiator.*", ".*instantiate_classes.*", ".*skip_none.*"):
         warnings.filterwarnings("ignore", message, DeprecationWarning)
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
-    warnings.filterwarnings("ignore", r".*treespec, LeafSpec.*")
-    # Advertisements and a list of accelerators that this machine does not have.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not str(record.msg).startswith(("💡", "TPU available")))
-    warnings.filterwarnings("ignore", "(Experiment logs|Checkpoint) directory .* exists and is not empty")
+    for message in _NO_NEWS_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed",
+                 "pytorch.trainer.connectors.signal_connector"):
+        logging.getLogger(f"lightning.{name}").addFilter(_has_news)
+
+
+def _has_news(record: logging.LogRecord) -> bool:
+    return not re.sub(r"^\s*(\[rank: \d+\] )?", "", str(record.msg)).startswith(_NO_NEWS)
+
+
+_NO_NEWS_WARNINGS = (  # the beginnings of warnings that a user of the command can do nothing about
+    "LightningCLI's args parameter",
+    "Be aware that when using `ckpt_path`, callbacks used to create",
+    r".*treespec, LeafSpec.*",
+    "(Experiment logs|Checkpoint) directory .* exists and is not empty",
+    "The number of training batches .* is smaller than the logging interval",  # an epoch's mean is always logged
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the norms that frozen_norms asks for
+    "The '.*dataloader' does not have many workers",  # images/s are said; the data module's num_workers is its choice
+    "Using `DistributedSampler` with the dataloaders",  # ours shows every image once
+)
+_NO_NEWS = (  # the beginnings of what Lightning logs: advertisements, what is said in lines of our own, what is usual
+    "💡", "TPU available", "GPU available", "Seed set to", "Loading `train_dataloader` to estimate",
+    "`Trainer.fit` stopped: `max_", "Restoring states from", "Loaded model weights", "Restored all states",
+    "LOCAL_RANK:", "You are using a CUDA device", "Using bfloat16 Automatic", "Using 16bit Automatic",
+    "Initializing distributed:", "-----", "Detected KeyboardInterrupt", "Received SIGTERM",
+)

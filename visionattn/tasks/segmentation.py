@@ -254,7 +254,7 @@ class SegmentationTask(Task):
         }
         matrix.reset()
         loss.reset()
-        self.log_dict({f"{split}/{key}": value for key, value in metrics.items()}, prog_bar=True, sync_dist=True)
+        self.log_dict({f"{split}/{key}": value for key, value in metrics.items()}, sync_dist=True)
         return iou, metrics
 
     def _write(self, name: str, labels: Tensor, image: Tensor) -> Path:
