@@ -159,7 +159,7 @@ def test_test(which, digits):
 def test_validate_and_predict(digits, capfd):
     _, run = digits
     assert main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "best"]) == 0
-    assert "val/accuracy" in capfd.readouterr().out
+    assert f"Validation of {run}/checkpoints/best.ckpt: accuracy 0." in capfd.readouterr().out
     assert main(["predict", "--config", str(run / "config.yaml"), "--ckpt_path", "best"]) == 0
     assert len((run / "predictions.csv").read_text().splitlines()) == 301
 

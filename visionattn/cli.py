@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its options; those of the process if None.
 
     Returns:
-        0, 1 for an error and 2 for a wrong command line or configuration.
+        0, 1 for an error, 2 for a wrong command line or configuration, 130 (or 143) after an interrupt.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -59,8 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `visionattn list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
+    except KeyboardInterrupt as stop:
+        line, code = stop.args if len(stop.args) == 2 else ("interrupted", 130)
+        print(f"visionattn: {line}", file=sys.stderr)
+        return code
     except Exception as error:
         expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, argparse.ArgumentError))
         expected |= type(error).__name__ == "MisconfigurationException"  # Lightning's, which is not imported here

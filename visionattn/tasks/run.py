@@ -9,6 +9,7 @@ import csv
 import inspect
 import logging
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.imports import RequirementCache
 
@@ -31,6 +34,7 @@ from ..recipes import with_recipes
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 from .run_folder import moved_run, relocated, with_run_folders
+from .saving import WholeFiles, is_full
 from .story import EpochLines, OneBar, figures
 
 __all__ = ["main"]
@@ -46,6 +50,9 @@ def main(argv: list[str]) -> None:
         argparse.ArgumentError: The options or the configuration cannot be read; the message is one line.
         ValueError: The data or a checkpoint is wrong; the message is one line.
         FileNotFoundError: A file that the configuration names does not exist.
+        OSError: A disk is full; the message names the path and the command that goes on.
+        KeyboardInterrupt: The run was stopped by SIGINT or SIGTERM: a line that has the command that goes on, and the
+            exit code, 130 or 143.
     """
     _silence()
     argv = with_run_folders(with_recipes(argv))
@@ -73,6 +80,38 @@ class _RunCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would put the checkpoint's hyper-parameters over the configuration; ours are compared with it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._trained = False
+        try:
+            super()._run_subcommand(subcommand)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            # Lightning ends in sys.exit after an interrupt, and in an exception of its own after SIGTERM.
+            terminated = isinstance(stop, SIGTERMException)
+            if not (terminated or KeyboardInterrupt in (type(stop), type(stop.__context__))):
+                raise
+            code = 143 if terminated else 130
+            if not _is_first_process():
+                raise SystemExit(code) from None
+            raise KeyboardInterrupt(f"interrupted; {self._how_to_go_on()}", code) from None
+        except OSError as error:
+            if not is_full(error):
+                raise
+            path = error.filename or self.trainer.default_root_dir
+            raise OSError(f"{path} cannot be written: {error.strerror}; free some space, then {self._how_to_go_on()}"
+                          ) from error
+
+    def _how_to_go_on(self) -> str:
+        """The command that goes on with a run which was stopped."""
+        run = Path(self.trainer.default_root_dir)
+        config, last = str(run / "config.yaml"), run / "checkpoints" / "last.ckpt"
+        if self.subcommand != "fit":
+            return f"run the same {self.subcommand} again"
+        if self._trained:
+            return f"what is trained is tested by: {shlex.join(['visionattn', 'test', '--config', config])}"
+        if not last.is_file():
+            return f"no epoch was finished, so start again: {shlex.join(['visionattn', 'fit', '--config', config])}"
+        return f"go on with: {shlex.join(['visionattn', 'fit', '--config', config, '--ckpt_path', 'last'])}"
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -125,20 +164,21 @@ class _RunCLI(LightningCLI):
         self._show_data("validate")
 
     def after_validate(self) -> None:
-        self._say_metrics()
+        self._say_metrics("Validation", self._ckpt_path)
         self._say_left_out()
 
     def before_test(self) -> None:
         self._show_data("test")
 
     def after_test(self) -> None:
-        self._say_metrics()
+        self._say_metrics("Test", self._ckpt_path)
         self._say_left_out()
 
     def after_predict(self) -> None:
         self._say_left_out()
 
     def after_fit(self) -> None:
+        self._trained = True
         if self._ends_with_test():
             self._test()
         self._say_left_out()
@@ -187,16 +227,13 @@ class _RunCLI(LightningCLI):
         trainer.callbacks = [callback for callback in trainer.callbacks
                              if not isinstance(callback, (ModelCheckpoint, WeightAveraging, EpochLines))]
         trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(path), verbose=False)
-        self._say_metrics(f" of {path}")
+        self._say_metrics("Test", str(path))
 
-    def _say_metrics(self, which: str = "") -> None:
+    def _say_metrics(self, what: str, checkpoint: str | None) -> None:
         """Says what a test or a validation measured."""
-        metrics = {key: value for key, value in self.trainer.callback_metrics.items() if key.startswith(("val/", "test/"))}
+        metrics = {key: value for key, value in self.trainer.callback_metrics.items() if "/" in key}
         if metrics and _is_first_process():
-            split = next(iter(metrics)).partition("/")[0]
-            written = Path(self.trainer.default_root_dir, "test_metrics.json")
-            where = f" ({written})" if split == "test" and written.is_file() else ""
-            print(f"{'Test' if split == 'test' else 'Validation'}{which}: {figures(metrics)}{where}", flush=True)
+            print(f"{what}{f' of {checkpoint}' if checkpoint else ''}: {figures(metrics)}", flush=True)
 
     def _ends_with_test(self) -> bool:
         trainer: Any = self.trainer
@@ -238,7 +275,10 @@ class _RunCLI(LightningCLI):
             callbacks.append(ModelCheckpoint(**common, filename="last"))
         self.lines = EpochLines()
         callbacks.append(self.lines)
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
+        return trainer
 
 
 class _ResumedCSVLogger(CSVLogger):
@@ -340,6 +380,7 @@ _NO_NEWS_WARNINGS = (  # the beginnings of warnings that a user of the command c
 _NO_NEWS = (  # the beginnings of what Lightning logs: advertisements, what is said in lines of our own, what is usual
     "💡", "TPU available", "GPU available", "Seed set to", "Loading `train_dataloader` to estimate",
     "`Trainer.fit` stopped: `max_", "Restoring states from", "Loaded model weights", "Restored all states",
+    "Found current_model_state",
     "LOCAL_RANK:", "You are using a CUDA device", "Using bfloat16 Automatic", "Using 16bit Automatic",
     "Initializing distributed:", "-----", "Detected KeyboardInterrupt", "Received SIGTERM",
 )
