@@ -50,9 +50,9 @@ def test_demo_of_scenes(task, figure, predictions, tmp_path):
     assert (run / predictions).is_file()
     with Image.open(run / "sheet.png") as sheet, Image.open(run / "pictures" / "scene_00000.png") as picture:
         width, height = picture.size
-        assert sheet.size == (8 + 4 * (3 * width + 8), 8 + 3 * (3 * height + 8))
-        first = sheet.crop((8, 8, 8 + 3 * width, 8 + 3 * height)).resize(picture.size, Image.Resampling.NEAREST)
-        assert first.tobytes() == picture.tobytes()
+        assert sheet.width >= 8 + 4 * (width + 8)
+        assert sheet.height >= 8 + 3 * (height + 8)
+        assert sheet.crop((8, 8, 8 + width, 8 + height)).tobytes() == picture.tobytes()
     for words in ("$ visionattn fit", "$ visionattn predict", "on 16 scenes of digits never trained on", "sheet.png"):
         assert words in said
 

@@ -20,7 +20,7 @@ _COMMANDS = {
     "fit": _Command("visionattn.tasks.run", "train a model and test it: --config RECIPE [--KEY VALUE ...]", named=True),
     "validate": _Command("visionattn.tasks.run", "measure a model on the validation images", named=True),
     "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),
-    "predict": _Command("visionattn.tasks.run", "write predictions: CSV, COCO JSON, label maps, pictures", named=True),
+    "predict": _Command("visionattn.predict", "predict on any images: RUN IMAGE|FOLDER ...; tables, JSON, pictures"),
     "recipes": _Command("visionattn.recipes", "list the recipes that fit takes by name, or print one to edit"),
     "check-data": _Command("visionattn.data.check", "check a folder of data without training: table, faults, pictures"),
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),

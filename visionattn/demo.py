@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pad, pil_to_tensor
 from torchvision.utils import make_grid
 
 from . import cli
@@ -31,7 +31,7 @@ __all__ = ["main"]
 
 _CONFIGS = Path(__file__).parent / "configs"
 _DIGITS = 8  # in the picture of the routes
-_SCENES, _ACROSS, _ENLARGED = 12, 4, 3  # pictures on a sheet and in a row of it, and how often a pixel is repeated
+_SCENES, _ACROSS = 12, 4  # pictures on a sheet and in a row of it
 
 
 class _Demo(NamedTuple):
@@ -127,12 +127,11 @@ def _predict_and_draw(run: Path, task: str) -> tuple[int, dict[str, Path]]:
                        "--trainer.limit_predict_batches", 2)
     if code:
         return code, {}
-    pictures = []
-    for file in sorted((run / "pictures").glob("*.png"))[:_SCENES]:
-        with Image.open(file) as picture:
-            pictures.append(pil_to_tensor(picture))
-    enlarged = torch.stack(pictures).repeat_interleave(_ENLARGED, 2).repeat_interleave(_ENLARGED, 3)
-    sheet = make_grid(enlarged, nrow=_ACROSS, padding=8, pad_value=255)
+    files = sorted((run / "pictures").glob("*.png"))[:_SCENES]
+    pictures = [pil_to_tensor(Image.open(file)) for file in files]
+    height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
+    pictures = [pad(picture, [0, 0, width - picture.shape[2], height - picture.shape[1]], 255) for picture in pictures]
+    sheet = make_grid(pictures, nrow=_ACROSS, padding=8, pad_value=255)
     Image.fromarray(sheet.movedim(0, -1).numpy()).save(run / "sheet.png")
     if task == "detection":
         predictions = {"detections, as COCO has results": run / "predictions.json"}

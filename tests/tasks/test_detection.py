@@ -238,7 +238,7 @@ def test_pycocotools_agrees(detector, tmp_path, trainer):
             assert 0.05 < metrics[f"{prefix}_map"] < 0.8
     assert {record["file_name"] for record in records} == {f"scene_{i:05d}" for i in range(20)}
     for i in range(20):
-        assert Image.open(tmp_path / "pictures" / f"scene_{i:05d}.png").size == (64, 64)
+        assert Image.open(tmp_path / "pictures" / f"scene_{i:05d}.png").size == (256, 256)  # each pixel is a square
 
 
 def test_class_metrics(tmp_path, trainer):
@@ -270,11 +270,16 @@ def test_metrics_and_pictures_are_in_pixels_of_the_file(tmp_path, trainer):
     assert mask.shape == (128, 192)
     assert mask.sum() == pytest.approx(4 * target["masks"].sum().item(), abs=8)
     picture = np.asarray(Image.open(tmp_path / "pictures" / "folder" / "photo.jpg.png"))
-    assert picture.shape == (128, 192, 3)
+    assert picture.shape == (256, 384, 3)  # each pixel is a square
     plain = nn.functional.interpolate(image[None], size=(128, 192), mode="bilinear")[0].movedim(0, -1).numpy() * 255
-    changed = np.abs(picture - plain).max(axis=2) > 1
-    assert changed[10:70, 20:60].mean() > 0.9
-    assert not changed[80:].any()
+    changed = np.abs(picture - plain.repeat(2, 0).repeat(2, 1)).max(axis=2) > 1
+    assert changed[20:140, 40:120].mean() > 0.9
+    assert changed[6:18, 42:60].all()  # the name
+    assert not changed[160:].any()
+    coco = json.loads((tmp_path / "predictions_coco.json").read_text())
+    assert coco["images"] == [{"id": 7, "file_name": "folder/photo.jpg", "width": 192, "height": 128}]
+    assert [category["name"] for category in coco["categories"]] == ["a", "b", "c"]
+    assert coco["annotations"] == [{"id": 1, "iscrowd": 0, "area": mask.sum(), **record}]
 
 
 def test_crowds(tmp_path, trainer):

@@ -131,6 +131,7 @@ class DetectionData(LoadedData):
         self.root, self.masks, self.verify, self.on_error = Path(root), masks, verify, on_error
         self.stored = orientation == "stored"
         self.decoding = Decoding(value_range, max_pixels).check()
+        self.image_settings = dict(decoding=self.decoding._asdict())
         self.predict_root = None if predict_root is None else Path(predict_root)
         self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter)
         self.collate = collate_detection

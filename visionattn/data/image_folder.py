@@ -123,6 +123,9 @@ class ImageFolderData(LoadedData):
         self.val_fraction, self.verify = val_fraction, verify
         self.predict_root = predict_root
         self.normalisation = list(mean), list(std)
+        self.image_settings = dict(
+            image_size=image_size, interpolation=interpolation, crop_pct=crop_pct, mean=list(mean), std=list(std),
+            decoding=self.decoding._asdict())
         common: dict[str, Any] = dict(input_size=image_size, mean=mean, std=std)
         self.train_transform = _within_ranges(create_transform(
             **common, is_training=True, scale=scale, hflip=hflip, color_jitter=color_jitter,

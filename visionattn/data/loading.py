@@ -23,6 +23,7 @@ class LoadedData(pl.LightningDataModule):
     ``setup`` fills ``report``, the table that a run starts with; where it stays without splits no table is shown.
     """
 
+    image_settings: dict[str, Any] | None = None  # how files become images, as plain values: kept in checkpoints
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; PyTorch's own if None
 
     def __init__(self, batch_size: int, num_workers: int, seed: int, min_batches: int = 1):

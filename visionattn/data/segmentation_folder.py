@@ -176,6 +176,7 @@ class SegmentationFolderData(LoadedData):
         if mask_values and mask_colors:
             raise ValueError("mask_values and mask_colors were both given; masks have either")
         self.decoding, self.stored = Decoding(value_range, max_pixels).check(), orientation == "stored"
+        self.image_settings = dict(short_side=short_side, max_size=max_size, decoding=self.decoding._asdict())
         self.names = Names(image_name, mask_name).check()
         if layout == "plain":
             self.folders = find_folders(self.root, image_folder, mask_folder)

@@ -10,7 +10,7 @@ from .blocks import resize
 from .semantic_fpn import SemanticFPNHead
 from .upernet import FCNHead, UPerNetHead
 
-__all__ = ["Segmenter", "multi_scale", "sliding_window"]
+__all__ = ["Segmenter", "multi_scale", "sliding_window", "window_starts"]
 
 
 class Segmenter(nn.Module):
@@ -86,8 +86,8 @@ def sliding_window(
     height, width = images.shape[-2:]
     total = torch.zeros((), device=images.device)  # takes its shape from the first window
     count = images.new_zeros(height, width)
-    for top in _starts(height, window, stride):
-        for left in _starts(width, window, stride):
+    for top in window_starts(height, window, stride):
+        for left in window_starts(width, window, stride):
             place = (..., slice(top, top + window), slice(left, left + window))
             logits = model(images[place])
             if not total.ndim:
@@ -128,6 +128,7 @@ def multi_scale(
     return (total / len(views)).clamp(min=1e-12).log()
 
 
-def _starts(length: int, window: int, stride: int) -> list[int]:
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side of ``length`` pixels; the last one is moved back to end where the side does."""
     last = max(length - window, 0)
     return [*range(0, last, stride), last]

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from .results import ResultFolder
+from .results import Results
 
 __all__ = ["Task", "check_arguments"]
 
@@ -21,9 +22,9 @@ __all__ = ["Task", "check_arguments"]
 class Task(pl.LightningModule):
     """A LightningModule whose hyper-parameters ``args`` hold ``ema_decay`` among others."""
 
+    model: Any  # what is trained and what checkpoints are of
     args: Any  # what the constructor was given, by name
-    result_file: str | None = None  # that prediction writes into the run folder
-    result_folders: tuple[str, ...] = ()  # of pictures, that it fills there
+    results: Any  # of a prediction, while it goes on
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average of the weights, while fitting."""
@@ -43,7 +44,11 @@ class Task(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint stand alone: rebuilding from it needs neither a download nor the file it started from."""
         checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint_path": None}
-        normalisation = getattr(getattr(self._trainer, "datamodule", None), "normalisation", None)
+        data = getattr(self._trainer, "datamodule", None)
+        for key in ("image_settings", "category_ids"):  # so that prediction needs no data
+            if getattr(data, key, None) is not None:
+                checkpoint["hyper_parameters"][f"_{key}"] = getattr(data, key)
+        normalisation = getattr(data, "normalisation", None)
         if normalisation is not None:  # what an exported file says of its images
             checkpoint["hyper_parameters"]["_mean"], checkpoint["hyper_parameters"]["_std"] = map(list, normalisation)
 
@@ -55,16 +60,30 @@ class Task(pl.LightningModule):
             if isinstance(saver, ModelCheckpoint) and state and state.get("dirpath") != saver.dirpath:
                 checkpoint["callbacks"][saver.state_key] = _moved(state, str(state["dirpath"]), str(saver.dirpath))
 
+    @abstractmethod
+    def open_results(
+            self, folder: Path, threshold: float | None = None, crops: bool = False, first: bool = True) -> Results:
+        """Begins the results of a prediction in ``folder`` and removes those of an earlier one there.
+
+        Args:
+            folder: Where they go.
+            threshold: Least score of what is drawn; None for the task's own.
+            crops: Cut out what was found.
+            first: Whether this process is the one that removes and writes.
+
+        Raises:
+            ValueError: The task has no such results.
+        """
+
     def on_predict_start(self) -> None:
         """Removes the results of an earlier prediction from the run folder: they may be of other images."""
-        run = Path(self.trainer.default_root_dir)
-        self.results = {name: ResultFolder(run / name) for name in self.result_folders}
-        if self.trainer.is_global_zero:
-            if self.result_file:
-                (run / self.result_file).unlink(missing_ok=True)
-            for folder in self.results.values():
-                folder.clear()
+        self.results = self.open_results(Path(self.trainer.default_root_dir), first=self.trainer.is_global_zero)
         self.trainer.strategy.barrier()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the classes; their numbers if they have none."""
+        return self.args.class_names or [str(label) for label in range(self.args.num_classes)]
 
     def training_steps(self) -> int:
         """Optimiser steps of the whole run, for a schedule that ends with it."""

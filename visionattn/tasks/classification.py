@@ -1,5 +1,4 @@
 """Image classification: any timm backbone, soft-target cross-entropy, AdamW with a cosine schedule."""
-import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..layers import auxiliary_losses
 from ..weights import check_name, fitting, read_checkpoint, timm_model
 from .base import Task, check_arguments
 from .optim import adamw, cosine_with_warmup
+from .results import ClassificationResults
 
 __all__ = ["ClassificationTask"]
 
@@ -55,7 +55,6 @@ class ClassificationTask(Task):
 
     monitor = "val/accuracy"  # what the best checkpoint is best in
     monitor_mode = "max"
-    result_file = "predictions.csv"
 
     def __init__(
             self,
@@ -146,34 +145,35 @@ class ClassificationTask(Task):
         self.num_tested.reset()
         self.write_test_metrics(metrics)
 
+    def open_results(
+            self, folder: Path, threshold: float | None = None, crops: bool = False,
+            first: bool = True) -> ClassificationResults:
+        """Begins ``predictions.csv`` and ``pictures``; there is neither a threshold nor anything to cut out."""
+        if threshold is not None or crops:
+            raise ValueError("a classifier gives every image its most probable class: leave threshold and crops out")
+        return ClassificationResults(folder, self.names, first)
+
     def predict_step(self, batch: tuple[Tensor, list[str]]) -> Tensor:
         """Probabilities ``[B, classes]`` of one batch of images with their names."""
         images, names = batch
-        probabilities = self(images).softmax(dim=1)
-        best, classes = probabilities.topk(min(5, self.args.num_classes), dim=1)
-        for name, *row in zip(names, classes.tolist(), best.tolist(), strict=True):
-            self._predictions.append([name, *row])
+        probabilities = self.probabilities(images)
+        for name, one in zip(names, probabilities, strict=True):
+            self._predictions.append([name, self.results.best(one)])
         return probabilities
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities ``[B, classes]`` of ``images [B, C, H, W]``."""
+        return self(images).softmax(dim=1)
 
     def on_predict_epoch_end(self) -> None:
         """Writes ``predictions.csv`` into the run folder: an image a row, its five most probable classes beside it."""
         rows, self._predictions = self.of_all_processes(self._predictions), []
         if self.trainer.world_size > 1:
             rows.sort()
-        if not self.trainer.is_global_zero:
-            return
-        names = self.args.class_names or [str(label) for label in range(self.args.num_classes)]
-        path = Path(self.trainer.default_root_dir, self.result_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            ranks = range(1, 1 + min(5, self.args.num_classes))
-            more = [f"{column}_{rank}" for rank in ranks[1:] for column in ("class", "probability")]
-            writer.writerow(["file", "class", "probability", *more])
-            for name, classes, probabilities in rows:
-                pairs = zip(classes, probabilities, strict=True)
-                writer.writerow([name, *(x for label, p in pairs for x in (names[label], f"{p:.6f}"))])
-        rank_zero_info(f"Predictions of {len(rows)} images are in {path}")
+        if self.trainer.is_global_zero:
+            for row in rows:
+                self.results.write(*row)
+            rank_zero_info(self.results.close())
 
     def _evaluate(
             self, split: str, metrics: MetricCollection, loss: MeanMetric, images: Tensor, labels: Tensor) -> None:

@@ -1,26 +1,26 @@
 """Object detection and instance masks: any backbone under torchvision's detectors, measured by COCO's AP."""
-import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics import SumMetric
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import resize_boxes
 
 from ..dense import DenseBackbone
 from ..heads.detector import build_detector
 from ..layers.auxiliary import auxiliary_losses
 from .base import Task, check_arguments
 from .optim import adamw, cosine_with_warmup, steps_with_warmup
+from .pictures import patches, to_picture
+from .results import DetectionResults
 
 __all__ = ["DetectionTask"]
 
@@ -75,8 +75,7 @@ class DetectionTask(Task):
 
     monitor = "val/box_map"  # what the best checkpoint is best in
     monitor_mode = "max"
-    result_file = "predictions.json"
-    result_folders = ("pictures",)
+    category_ids: Sequence[int] | None = None  # numbers of the classes in files, where no data say them
 
     def __init__(
             self,
@@ -188,25 +187,65 @@ class DetectionTask(Task):
         })
         self.num_tested.reset()
 
+    def open_results(
+            self, folder: Path, threshold: float | None = None, crops: bool = False,
+            first: bool = True) -> DetectionResults:
+        """Begins ``predictions.json``, ``predictions_coco.json``, ``pictures`` and, if asked for, ``crops``.
+
+        A detection is drawn whose score is ``threshold`` or more, ``picture_score`` if it is None.
+        """
+        ids = getattr(getattr(self._trainer, "datamodule", None), "category_ids", None) or self.category_ids
+        least = self.args.picture_score if threshold is None else threshold
+        return DetectionResults(
+            folder, self.names, ids or range(1, 1 + self.args.num_classes), least, crops, first)
+
     def predict_step(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Draws the detections of one batch and keeps them for the JSON; returns them in pixels of the files."""
         images, targets = batch
         found = self._detect(images, targets)
         for image, target, detections in zip(images, targets, found, strict=True):
-            self._draw(image, target, detections)
-            self._predictions += self._records(target, detections)
+            size, name = target["orig_size"].tolist(), target["file_name"]
+            if image.shape[-2:] != torch.Size(size):
+                image = interpolate(image[None], size=size, mode="bilinear")[0]
+            shown: dict[str, Any] = dict(detections)
+            if "masks" in shown:
+                shown["masks"] = patches(shown["masks"])
+            self.results.draw(name, to_picture(image), shown)
+            self._predictions.append(self.results.records(target["image_id"], name, shown, size))
         return found
 
     def on_predict_epoch_end(self) -> None:
-        """Writes ``predictions.json`` into the run folder."""
+        """Writes ``predictions.json`` and ``predictions_coco.json`` into the run folder."""
         records, self._predictions = self.of_all_processes(self._predictions), []
         if self.trainer.world_size > 1:
-            records.sort(key=lambda record: (isinstance(record["image_id"], str), record["image_id"]))
+            records.sort(key=lambda record: (isinstance(record["image"]["id"], str), record["image"]["id"]))
         if self.trainer.is_global_zero:
-            run = Path(self.trainer.default_root_dir)
-            run.mkdir(parents=True, exist_ok=True)
-            (run / self.result_file).write_text(json.dumps(records))
-            rank_zero_info(f"{len(records)} detections are in {run / self.result_file}, pictures in {run}/pictures")
+            for record in records:
+                self.results.write(record)
+            rank_zero_info(self.results.close())
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the labels, the first of which is 1; their numbers if they have none."""
+        return self.args.class_names or [str(label) for label in range(1, self.args.num_classes + 1)]
+
+    def detect(self, images: list[Tensor], threshold: float | None = None) -> list[dict[str, Any]]:
+        """Detections of each image on the CPU, in pixels of it, best first; masks as patches, however large it is.
+
+        Args:
+            images: ``[3, H, W]`` in [0, 1], of any sizes.
+            threshold: Least score; None for the detector's own.
+        """
+        scorer = getattr(self.model, "roi_heads", self.model)
+        paste, least = self.model.transform.postprocess, scorer.score_thresh
+        self.model.transform.postprocess = _paste_patches
+        scorer.score_thresh = least if threshold is None else threshold
+        try:
+            found = self(images)
+        finally:
+            self.model.transform.postprocess, scorer.score_thresh = paste, least
+        return [{key: value.cpu() if isinstance(value, Tensor) else value for key, value in one.items()}
+                for one in found]
 
     def _average_precision(self, class_metrics: bool) -> MeanAveragePrecision:
         kinds: Any = ("bbox", "segm") if self.args.detector == "mask_rcnn" else ("bbox",)
@@ -236,7 +275,6 @@ class DetectionTask(Task):
         """Logs and resets the metrics of ``split``; returns them, None for what has no objects to measure."""
         results = metric.compute()
         metric.reset()
-        names = self.args.class_names or [str(label) for label in range(1, self.args.num_classes + 1)]
         metrics: dict[str, Any] = {}
         kinds = {"box": "bbox_", "mask": "segm_"} if self.args.detector == "mask_rcnn" else {"box": ""}
         for prefix, kind in kinds.items():  # kind: torchmetrics' prefix, which it omits where there is one kind
@@ -247,54 +285,11 @@ class DetectionTask(Task):
                 values = results[f"{kind}map_per_class"].reshape(-1).tolist()
                 labels = results["classes"].reshape(-1).tolist()
                 metrics[f"{prefix}_map_per_class"] = {
-                    names[label - 1]: None if value < 0 else round(value, 6)
+                    self.names[label - 1]: None if value < 0 else round(value, 6)
                     for label, value in zip(labels, values, strict=True)}
         logged = [key for key in metrics if key.endswith(("_map", "_map_50", "_map_75"))]
         self.log_dict({f"{split}/{key}": metrics[key] or 0.0 for key in logged})
         return metrics
-
-    def _records(self, target: dict[str, Any], detections: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """The detections of one image as COCO's format for results has them."""
-        ids = getattr(getattr(self.trainer, "datamodule", None), "category_ids", None)
-        records = []
-        boxes, scores = detections["boxes"].tolist(), detections["scores"].tolist()
-        for i, ((x1, y1, x2, y2), score, label) in enumerate(
-                zip(boxes, scores, detections["labels"].tolist(), strict=True)):
-            records.append({
-                "image_id": target["image_id"],
-                "file_name": target["file_name"],
-                "category_id": ids[label - 1] if ids else label,
-                "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
-                "score": round(score, 6),
-            })
-            if "masks" in detections:
-                code = coco_mask.encode(np.asfortranarray(detections["masks"][i].numpy().astype(np.uint8)))
-                records[-1]["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
-        return records
-
-    def _draw(self, image: Tensor, target: dict[str, Any], detections: dict[str, Tensor]) -> None:
-        """Writes the picture of one image with what was detected on it."""
-        height, width = (int(side) for side in target["orig_size"])
-        image = image.detach().float().cpu()
-        if image.shape[-2:] != (height, width):
-            image = interpolate(image[None], size=(height, width), mode="bilinear")[0]
-        picture = (image.clamp(0, 1) * 255).round().to(torch.uint8)
-        shown = detections["scores"] >= self.args.picture_score
-        if shown.any():
-            names = self.args.class_names or [str(label) for label in range(1, self.args.num_classes + 1)]
-            labels, scores = detections["labels"][shown].tolist(), detections["scores"][shown].tolist()
-            colours = [_PALETTE[label % len(_PALETTE)] for label in labels]
-            if "masks" in detections:
-                picture = draw_segmentation_masks(picture, detections["masks"][shown], alpha=0.5, colors=colours)
-            captions = [f"{names[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-            picture = draw_bounding_boxes(picture, detections["boxes"][shown], captions, colours)
-        self.results["pictures"].save(Image.fromarray(picture.movedim(0, -1).numpy()), target["file_name"])
-
-
-_PALETTE = [
-    (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
-    (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128), (170, 110, 40), (128, 0, 0), (128, 128, 0),
-]
 
 
 class _AveragePrecision(MeanAveragePrecision):
@@ -307,6 +302,21 @@ class _AveragePrecision(MeanAveragePrecision):
             torch.distributed.all_gather_object(parts, getattr(self, name), process_group)
             # In the order of the images, which were dealt out one by one.
             setattr(self, name, [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)])
+
+
+def _paste_patches(
+        results: list[dict[str, Any]], shapes: list[tuple[int, int]], sizes: list[tuple[int, int]]) -> list[dict]:
+    """What torchvision's detectors do last: brings objects from the resized to the given images.
+
+    Masks are pasted one by one and kept as patches: all of a photo at once would take gigabytes.
+    """
+    for found, shape, size in zip(results, shapes, sizes, strict=True):
+        found["boxes"] = resize_boxes(found["boxes"], list(shape), list(size))
+        if "masks" in found:
+            found["masks"] = [
+                patch for mask, box in zip(found["masks"].split(1), found["boxes"].split(1), strict=True)
+                for patch in patches(paste_masks_in_image(mask, box, size)[:, 0] > 0.5)]
+    return results
 
 
 def _without_crowds(target: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import timm
 from torch import nn
 
 from ..weights import check_name, fitting, read_checkpoint, timm_model
+from .base import Task
+from .classification import ClassificationTask
 from .detection import DetectionTask
 from .segmentation import SegmentationTask
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "load_task"]
 
 
 def create_model(
@@ -53,11 +55,28 @@ def create_model(
     if num_classes not in (None, run["num_classes"]):
         raise ValueError(f"{checkpoint} has {run['num_classes']} classes, not {num_classes}")
     with _rebuilding(checkpoint):
-        model = _dense_model(run, checkpoint) if "detector" in run or "head" in run else _classifier(run)
+        model = _task(run, checkpoint).model if "detector" in run or "head" in run else _classifier(run)
     with fitting(run["backbone"], checkpoint):
         model.load_state_dict(state_dict)
-    model.run = run  # type: ignore[assignment]
+    model.run = run
     return model
+
+
+def load_task(checkpoint: str | Path) -> tuple[Task, dict[str, Any]]:
+    """The task of a training run, in eval mode on the CPU, and the run's hyper-parameters.
+
+    Raises:
+        ValueError: The file is not the checkpoint of a training run, or its run cannot be rebuilt.
+        FileNotFoundError: There is no such file.
+    """
+    state_dict, run = read_checkpoint(checkpoint)
+    if run is None:
+        raise ValueError(f"{checkpoint} holds weights only, not the checkpoint of a training run")
+    with _rebuilding(checkpoint):
+        task = _task(run, checkpoint)
+    with fitting(run["backbone"], checkpoint):
+        task.model.load_state_dict(state_dict)
+    return task.eval(), run
 
 
 @contextmanager
@@ -81,15 +100,15 @@ def _classifier(run: dict[str, Any]) -> nn.Module:
     return timm_model(name, **args | (run.get("model_args") or {}))
 
 
-def _dense_model(run: dict[str, Any], path: str | Path) -> nn.Module:
-    """The detector or segmenter of a run's hyper-parameters, with fresh weights."""
-    args = {key: value for key, value in run.items() if not key.startswith("_")}  # what LightningCLI adds begins so
+def _task(run: dict[str, Any], path: str | Path) -> Task:
+    """The task of a run's hyper-parameters, with fresh weights."""
+    args = {key: value for key, value in run.items() if not key.startswith("_")}  # what is not the task's begins so
     args |= {"pretrained": False, "checkpoint_path": None}
+    kind = DetectionTask if "detector" in run else SegmentationTask if "head" in run else ClassificationTask
     try:
-        task = DetectionTask(**args) if "detector" in run else SegmentationTask(**args)
+        return kind(**args)
     except TypeError as error:
         raise ValueError(f"{path} is not of this version of visionattn: {error}") from None
-    return task.model
 
 
 def _from_state_dict(name: str, path: str | Path, classes: dict[str, Any]) -> nn.Module:

@@ -1,20 +1,37 @@
-"""Pictures that a prediction leaves in the run folder: each below it, one an image, none of an earlier prediction."""
+"""What a prediction leaves behind: a file or folder of results and pictures, one an image, none of before."""
+import csv
+import hashlib
+import json
+import os
 import re
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pycocotools import mask as coco_mask
+from torch import Tensor
 
-__all__ = ["ResultFolder"]
+from ..data.masks import voc_colors
+from .pictures import Patch, draw_classes, draw_label_map, draw_objects, printable
+
+__all__ = ["ClassificationResults", "DetectionResults", "ResultFolder", "Results", "SegmentationResults"]
 
 _MARK = ("Software", "visionattn predict")  # in the files that are written here, so that no others are removed
+_LONGEST = 255  # bytes of a file's name
+_RANKS = 5  # classes of an image that are listed, the best first
+_DRAWN = 3  # classes below a picture
 
 
 class ResultFolder:
     """A folder of PNG files that are named after the images that they are made of.
 
     The names come from data files and may say anything: a file is always written below the folder. In place of ``..``
-    is ``_``, and neither a leading slash nor a drive letter is followed; backslashes part folders as slashes do.
+    is ``_``, and neither a leading slash nor a drive letter is followed; backslashes part folders as slashes do. Names
+    that are too long are cut, and of names that would then be the same the second gets a number of its own.
 
     Args:
         folder: The folder; it is made when there is something to write.
@@ -32,27 +49,311 @@ class ResultFolder:
                 file.unlink()
                 emptied.add(file.parent)
         for folder in sorted(emptied, reverse=True):
-            while folder != self.folder and not any(folder.iterdir()):
+            while folder != self.folder.parent and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
                 folder = folder.parent
 
     def save(self, picture: Image.Image, name: str) -> Path:
-        """Writes ``<name>.png`` and returns its path.
-
-        Raises:
-            ValueError: An image of another name has its result there already.
-        """
+        """Writes ``<name>.png`` and returns its path."""
         parts = [part for part in re.split(r"[/\\]", name.replace(":", "_")) if part not in ("", ".")]
         *folders, last = ["_" if part == ".." else part for part in parts] or ["_"]
-        path = self.folder.joinpath(*folders, f"{last}.png")
-        other = self.sources.setdefault(str(path), name)
-        if other != name:
-            raise ValueError(f"the images {other!r} and {name!r} would both have {path} as their result: rename one")
+        parent = self.folder.joinpath(*(_cut(part, "") for part in folders))
+        path = parent / _cut(last, ".png")
+        if self.sources.setdefault(str(path), name) != name:
+            path = parent / _cut(last, ".png", _digest(name))
+            self.sources[str(path)] = name
         path.parent.mkdir(parents=True, exist_ok=True)
         mark = PngInfo()
         mark.add_text(*_MARK)
         picture.save(path, pnginfo=mark)
         return path
+
+
+class Results:
+    """Results of one task in a folder: made, it removes those of an earlier prediction; ``close`` completes them.
+
+    ``draw`` and ``write`` are called for every image; several processes may draw while one writes.
+
+    Args:
+        folder: Where they go.
+        first: Whether this process is the one that removes and writes.
+    """
+
+    files: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+
+    def __init__(self, folder: Path, first: bool = True):
+        self.folder = folder
+        self.parts = {name: ResultFolder(folder / name) for name in self.folders}
+        if first:
+            for name in self.files:
+                if (folder / name).is_file() and not _is_ours_by_head(folder / name):
+                    raise ValueError(f"{folder / name} is not of an earlier prediction and would be written over: move "
+                                     "it, or name another folder for the results")
+                for path in (folder / name, _part(folder / name)):
+                    path.unlink(missing_ok=True)
+            for part in self.parts.values():
+                part.clear()
+
+    @abstractmethod
+    def close(self) -> str:
+        """Completes the files and says what is where."""
+
+    def abandon(self) -> None:
+        """Closes and removes what was not completed."""
+
+
+class ClassificationResults(Results):
+    """``predictions.csv``, a row an image with its most probable classes, and ``pictures``.
+
+    Args:
+        folder: Where they go.
+        names: Of the classes.
+        first: Whether this process is the one that removes and writes.
+    """
+
+    files = ("predictions.csv",)
+    folders = ("pictures",)
+
+    def __init__(self, folder: Path, names: Sequence[str], first: bool = True):
+        super().__init__(folder, first)
+        self.names, self.count = names, 0
+        self._file: IO[str] | None = None
+
+    def best(self, probabilities: Tensor) -> list[tuple[str, float]]:
+        """The most probable classes of ``probabilities [classes]``, the best first."""
+        values, labels = probabilities.topk(min(_RANKS, len(self.names)))
+        return [(self.names[label], value) for label, value in zip(labels.tolist(), values.tolist(), strict=True)]
+
+    def write(self, file: str, best: list[tuple[str, float]]) -> None:
+        """Adds the row of one image."""
+        if self._file is None:
+            self._file = _opened(self.folder / self.files[0])
+            more = [f"{column}_{rank}" for rank in range(2, 1 + len(best)) for column in ("class", "probability")]
+            csv.writer(self._file).writerow(["file", "class", "probability", *more])
+        csv.writer(self._file).writerow([file, *(text for name, value in best for text in (name, f"{value:.6f}"))])
+        self.count += 1
+
+    def draw(self, name: str, image: Image.Image, best: list[tuple[str, float]]) -> None:
+        """Writes the picture of one image."""
+        self.parts["pictures"].save(draw_classes(image, best[:_DRAWN]), name)
+
+    def close(self) -> str:
+        """Completes the table."""
+        _complete(self._file, self.folder / self.files[0])
+        return f"Predictions of {self.count} images are in {self.folder / self.files[0]}"
+
+    def abandon(self) -> None:
+        """Closes and removes the table."""
+        _remove(self._file, self.folder / self.files[0])
+
+
+class DetectionResults(Results):
+    """``predictions.json``, all detections in COCO's format for results; ``predictions_coco.json``, a COCO file of the
+    images, categories and those detections that are sure enough; ``pictures`` and ``crops`` of these.
+
+    Args:
+        folder: Where they go.
+        names: Of the labels, which begin at 1.
+        category_ids: Their numbers in files.
+        threshold: Least score of what is sure enough.
+        crops: Whether to cut these out.
+        first: Whether this process is the one that removes and writes.
+    """
+
+    files = ("predictions.json", "predictions_coco.json")
+    folders = ("pictures", "crops")
+
+    def __init__(
+            self, folder: Path, names: Sequence[str], category_ids: Sequence[int], threshold: float,
+            crops: bool = False, first: bool = True):
+        super().__init__(folder, first)
+        self.names, self.category_ids, self.threshold, self.crops = names, category_ids, threshold, crops
+        self.count = self.sure = self.images = 0
+        self._json: list[_JSONList] = []
+
+    def records(self, image_id: int | str, name: str, found: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
+        """What is written of one image of ``size`` (height, width) with the objects that were ``found``."""
+        height, width = (int(side) for side in size)
+        objects = []
+        for index, ((x1, y1, x2, y2), score, label) in enumerate(zip(
+                found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)):
+            objects.append({
+                "image_id": image_id,
+                "file_name": name,
+                "category_id": self.category_ids[label - 1],
+                "category_name": self.names[label - 1],
+                "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 6),
+            })
+            if "masks" in found:
+                objects[-1]["segmentation"] = _rle(found["masks"][index], height, width)
+        return {"image": {"id": image_id, "file_name": name, "width": width, "height": height}, "objects": objects}
+
+    def write(self, records: dict[str, Any]) -> None:
+        """Adds the records of one image."""
+        if not self._json:
+            self._open()
+        results, images, annotations = self._json
+        images.add(records["image"])
+        self.images += 1
+        for record in records["objects"]:
+            results.add(record)
+            self.count += 1
+            if record["score"] >= self.threshold:
+                self.sure += 1
+                mask = record.get("segmentation")
+                area = float(coco_mask.area(mask)) if mask else round(record["bbox"][2] * record["bbox"][3], 3)
+                annotations.add({"id": self.sure, "iscrowd": 0, "area": area, **record})
+
+    def draw(self, name: str, image: Image.Image, found: dict[str, Any]) -> None:
+        """Writes the picture, and the crops, of one image."""
+        shown = (found["scores"] >= self.threshold).nonzero()[:, 0].tolist()
+        sure: dict[str, Any] = {key: [value[index] for index in shown] if isinstance(value, list) else value[shown]
+                for key, value in found.items()}
+        self.parts["pictures"].save(draw_objects(image, sure, self.names), name)
+        for number, (box, label) in enumerate(zip(sure["boxes"].tolist(), sure["labels"].tolist(), strict=True), 1):
+            if self.crops:
+                left, top = (min(int(edge), side - 1) for edge, side in zip(box[:2], image.size, strict=True))
+                right, bottom = (max(near + 1, min(-int(-edge // 1), side)) for near, edge, side in zip(
+                    (left, top), box[2:], image.size, strict=True))
+                kind = re.sub(r"[/\\]", "_", printable(self.names[label - 1]))
+                self.parts["crops"].save(image.crop((left, top, right, bottom)), f"{kind}/{name}-{number}")
+
+    def close(self) -> str:
+        """Completes the files."""
+        if not self._json:
+            self._open()
+        results, images, annotations = self._json
+        results.file.write("\n]\n")
+        images.file.write("\n],\n" + '"categories": ' + json.dumps([
+            {"id": number, "name": name} for number, name in zip(self.category_ids, self.names, strict=True)]))
+        images.file.write(',\n"annotations": [')
+        annotations.file.seek(0)
+        while block := annotations.file.read(1 << 20):
+            images.file.write(block)
+        images.file.write("\n]}\n")
+        annotations.file.close()
+        _part(self.folder / "objects.tmp").unlink()
+        for file, name in zip((results.file, images.file), self.files, strict=True):
+            _complete(file, self.folder / name)
+        self._json = []
+        also = ", what was cut out in crops" if self.crops else ""
+        return (f"{self.count} detections in {self.images} images are in {self.folder / self.files[0]}, the "
+                f"{self.sure} with a score of {self.threshold:g} or more in {self.files[1]} and pictures{also}")
+
+    def abandon(self) -> None:
+        """Closes and removes the files."""
+        for part, name in zip(self._json, (*self.files, "objects.tmp"), strict=False):
+            _remove(part.file, self.folder / name)
+
+    def _open(self) -> None:
+        self._json = [_JSONList(_opened(self.folder / name)) for name in (*self.files, "objects.tmp")]
+        results, images, _ = self._json
+        results.file.write("[")
+        images.file.write('{"info": ' + json.dumps({"description": "predictions of visionattn"}) + ',\n"images": [')
+
+
+class SegmentationResults(Results):
+    """``predictions``, label maps with VOC's palette, and ``pictures`` of them over the images.
+
+    Args:
+        folder: Where they go.
+        names: Of the labels.
+        first: Whether this process is the one that removes.
+    """
+
+    folders = ("predictions", "pictures")
+
+    def __init__(self, folder: Path, names: Sequence[str], first: bool = True):
+        super().__init__(folder, first)
+        self.names, self.count = names, 0
+
+    def draw(self, name: str, image: Image.Image, labels: Tensor) -> Path:
+        """Writes the label map ``[H, W]`` (uint8) of one image and its picture; returns the path of the map."""
+        label_map = Image.fromarray(labels.numpy())
+        label_map.putpalette([value for color in voc_colors() for value in color])
+        self.parts["pictures"].save(draw_label_map(image, label_map, self.names), name)
+        self.count += 1
+        return self.parts["predictions"].save(label_map, name)
+
+    def close(self) -> str:
+        """Nothing is left to complete."""
+        return f"Label maps are in {self.folder / 'predictions'}, pictures in {self.folder / 'pictures'}"
+
+
+class _JSONList:
+    """A list in a file, written record by record."""
+
+    def __init__(self, file: IO[str]):
+        self.file, self.started = file, False
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.file.write((",\n" if self.started else "\n") + json.dumps(record))
+        self.started = True
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written until it is complete."""
+    return path.with_name(f"{path.name}.part")
+
+
+def _opened(path: Path) -> IO[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _part(path).open("w+", newline="", encoding="utf-8", errors="backslashreplace")
+
+
+def _complete(file: IO[str] | None, path: Path) -> None:
+    if file is not None:
+        file.close()
+        os.replace(_part(path), path)
+
+
+def _remove(file: IO[str] | None, path: Path) -> None:
+    if file is not None:
+        file.close()
+        _part(path).unlink(missing_ok=True)
+
+
+def _rle(patch: Patch, height: int, width: int) -> dict[str, Any]:
+    """COCO's code of a mask in an image, made from its patch alone, however large the image is."""
+    if not patch.mask.size:
+        ends = np.zeros(0, np.int64)
+    else:
+        columns = np.zeros((patch.mask.shape[1], patch.mask.shape[0] + 2), np.int8)
+        columns[:, 1:-1] = patch.mask.T
+        column, row = np.nonzero(np.diff(columns, axis=1))
+        ends = (patch.left + column) * height + patch.top + row  # where runs begin and end, column by column
+        meeting = np.flatnonzero(ends[1:-1:2] == ends[2::2]) * 2 + 1  # runs that end where the next begins
+        ends = np.delete(ends, np.concatenate([meeting, meeting + 1]))
+    counts = np.diff(np.concatenate([[0], ends, [height * width]])).tolist()
+    counts = counts[:-1] if ends.size and not counts[-1] else counts
+    code = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def _cut(name: str, ending: str, number: str = "") -> str:
+    """A file's name with its ending, cut where it is longer than file systems allow."""
+    whole = f"{name}-{number}{ending}" if number else f"{name}{ending}"
+    if len(os.fsencode(whole)) <= _LONGEST:
+        return whole
+    number = number or _digest(name)
+    kept = os.fsencode(name)[:_LONGEST - len(number) - len(ending) - 1].decode("utf-8", "ignore")
+    return f"{kept}-{number}{ending}"
+
+
+def _digest(name: str) -> str:
+    return hashlib.blake2b(os.fsencode(name), digest_size=4).hexdigest()
+
+
+def _is_ours_by_head(file: Path) -> bool:
+    """Whether a table or a list looks like one that is written here."""
+    with file.open("rb") as opened:
+        head = opened.read(200).lstrip()
+    if file.suffix == ".csv":
+        return not head or head.startswith(b"file,class")
+    ours = rb'\[\s*(\]|\{"image_id")|\{"info": \{"description": "predictions of visionattn"'
+    return not head or bool(re.match(ours, head))
 
 
 def _is_ours(file: Path) -> bool:

@@ -1,13 +1,19 @@
-"""Run folders: where a run lies, also after it was moved or copied."""
+"""Run folders: where a run and its checkpoints lie, also after it was moved or copied."""
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import Namespace
 
+from .. import data
+from ..data.digits import MEAN, STD
+from ..data.pixels import Decoding
 from ..data.report import say
 
-__all__ = ["Moved", "moved_run", "relocated", "with_run_folders"]
+__all__ = ["Moved", "Run", "find_run", "moved_run", "relocated", "with_run_folders"]
+
+_SETTINGS = ("image_size", "interpolation", "crop_pct", "mean", "std", "short_side", "max_size")  # of data modules
 
 
 class Moved(NamedTuple):
@@ -62,3 +68,54 @@ def relocated(value: Any, moved: Moved) -> Any:
         for key in list(value.keys()):
             value[key] = relocated(value[key], moved)
     return value
+
+
+class Run(NamedTuple):
+    """A trained model on disk.
+
+    Attributes:
+        checkpoint: The file with the weights.
+        folder: The run folder, in which ``config.yaml`` is; None for a checkpoint alone.
+    """
+
+    checkpoint: Path
+    folder: Path | None
+
+    def image_settings(self) -> dict[str, Any]:
+        """How files become the images of the run, from its configuration: for checkpoints that do not say it.
+
+        Raises:
+            ValueError: There is no configuration, or its data are not of this package.
+        """
+        text = (self.folder / "config.yaml").read_text(encoding="utf-8") if self.folder else "{}"
+        section = (yaml.safe_load(text) or {}).get("data") or {}
+        module = getattr(data, str(section.get("class_path")).rpartition(".")[2], None)
+        if module is None:
+            raise ValueError(f"{self.checkpoint} does not say how its images are made, as it is of an earlier version "
+                             "or of other data: lay the config.yaml of its run beside it, with data of this package")
+        known = {name: parameter.default for name, parameter in inspect.signature(module).parameters.items()}
+        known |= section.get("init_args") or {}
+        settings = {name: known[name] for name in _SETTINGS if name in known}
+        if module is data.DigitsData:
+            chans = known["in_chans"]
+            return settings | dict(interpolation="bicubic", crop_pct=1.0, mean=[MEAN] * chans, std=[STD] * chans)
+        return settings | {"decoding": {name: known[name] for name in Decoding._fields if name in known}}
+
+
+def find_run(path: str | Path) -> Run:
+    """The best checkpoint of a run folder (the last, where there is no best one), or the run of a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such folder, checkpoint, or checkpoint in the folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        kept = [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+        found = next((file for file in kept if file.is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{path} is not the folder of a training run: it has no checkpoints/best.ckpt")
+        return Run(found, path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no run folder or checkpoint {path}")
+    near = (path.parent.parent, path.parent) if path.parent.name == "checkpoints" else (path.parent,)
+    return Run(path, next((folder for folder in near if (folder / "config.yaml").is_file()), None))

@@ -7,12 +7,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from PIL import Image
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ..data.masks import voc_colors
 from ..dense import DenseBackbone
 from ..heads.blocks import resize
 from ..heads.segmenter import Segmenter, multi_scale, sliding_window
@@ -20,6 +18,8 @@ from ..layers.auxiliary import auxiliary_losses
 from .base import Task, check_arguments
 from .losses import SegmentationLoss
 from .optim import adamw, cosine_with_warmup, poly_with_warmup
+from .pictures import to_picture
+from .results import SegmentationResults
 
 __all__ = ["SegmentationTask"]
 
@@ -74,7 +74,6 @@ class SegmentationTask(Task):
 
     monitor = "val/miou"  # what the best checkpoint is best in
     monitor_mode = "max"
-    result_folders = ("predictions", "pictures")
 
     def __init__(
             self,
@@ -206,12 +205,11 @@ class SegmentationTask(Task):
     def on_test_epoch_end(self) -> None:
         """Logs the test metrics and writes ``test_metrics.json`` into the run folder."""
         iou, metrics = self._log("test", self.test_matrix, self.test_loss)
-        names = self.args.class_names or [str(label) for label in range(self.args.num_classes)]
         # A class that occurs neither in the labels nor in the prediction has no IoU.
         per_class = [None if value.isnan() else round(value.item(), 6) for value in iou]
         self.write_test_metrics({
             key: None if math.isnan(value) else round(value, 6) for key, value in metrics.items()} | {
-            "iou": dict(zip(names, per_class, strict=True)),
+            "iou": dict(zip(self.names, per_class, strict=True)),
             "num_images": int(self.num_tested.compute()),
             "num_classes": self.args.num_classes,
             "backbone": self.args.backbone,
@@ -219,19 +217,27 @@ class SegmentationTask(Task):
         })
         self.num_tested.reset()
 
+    def open_results(
+            self, folder: Path, threshold: float | None = None, crops: bool = False,
+            first: bool = True) -> SegmentationResults:
+        """Begins ``predictions`` and ``pictures``; there is neither a threshold nor anything to cut out."""
+        if threshold is not None or crops:
+            raise ValueError("segmentation gives every pixel its label: leave threshold and crops out")
+        return SegmentationResults(folder, self.names, first)
+
     def predict_step(self, batch: tuple[Tensor, list[str], Tensor]) -> list[Path]:
         """Writes the label maps and pictures of one batch and returns the label maps' paths."""
         images, names, sizes = batch
         paths = []
         for image, name, (height, width) in zip(images, names, sizes.tolist(), strict=True):
             labels = self.infer(image[None], (height, width), testing=True)[0].argmax(dim=0)
-            paths.append(self._write(name, labels.to("cpu", torch.uint8), resize(image[None], (height, width))[0]))
+            picture = to_picture(resize(image[None], (height, width))[0])
+            paths.append(self.results.draw(name, picture, labels.to("cpu", torch.uint8)))
         return paths
 
     def on_predict_epoch_end(self) -> None:
         """Says where the predictions are."""
-        run = self.trainer.default_root_dir
-        rank_zero_info(f"Label maps are in {run}/predictions, pictures in {run}/pictures")
+        rank_zero_info(self.results.close())
 
     def _evaluate(
             self, matrix: Metric, loss: MeanMetric, images: Tensor, labels: Tensor, testing: bool = False) -> None:
@@ -256,14 +262,6 @@ class SegmentationTask(Task):
         loss.reset()
         self.log_dict({f"{split}/{key}": value for key, value in metrics.items()}, sync_dist=True)
         return iou, metrics
-
-    def _write(self, name: str, labels: Tensor, image: Tensor) -> Path:
-        """Writes one prediction: ``labels [H, W]`` (uint8) and ``image [3, H, W]``."""
-        label_map = Image.fromarray(labels.numpy())
-        label_map.putpalette([value for color in voc_colors() for value in color])
-        photo = Image.fromarray((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8).movedim(0, -1).numpy())
-        self.results["pictures"].save(Image.blend(photo, label_map.convert("RGB"), 0.5), name)
-        return self.results["predictions"].save(label_map, name)
 
 
 def _check_labels(labels: Any) -> None:
