@@ -1,43 +1,21 @@
 """Images in folders, one folder a class: the layout of ImageNet and of most people's own data."""
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from PIL import Image
 from sklearn.model_selection import train_test_split
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from .loading import LoadedData
-from .pixels import MAX_PIXELS, Decoding
-from .reading import (
-    EXTENSIONS,
-    SEVERAL,
-    UNREADABLE,
-    Faults,
-    find_faults,
-    find_images,
-    is_image,
-    only_images,
-    read_image,
-    say_shared,
-)
-from .report import DataReport, SplitReport, say
+from .classification import ClassificationData, Sample
+from .pixels import MAX_PIXELS
+from .reading import EXTENSIONS, Faults, is_image, only_images
+from .report import say
 from .splits import is_visible, split_folders, split_of, visible_files, visible_folders
 
 __all__ = ["ImageFolderData"]
 
-Sample = tuple[Path, int]
 
-HINT = "replace or remove it, or set on_error to skip"
-SHOWN = 20  # files that are named one by one
-
-
-class ImageFolderData(LoadedData):
+class ImageFolderData(ClassificationData):
     """Classification images in ``root/{train,val,test}/<class>/**/*.jpg``.
 
     The splits may be spelled in any usual way (``Train``, ``training``, ``valid``, ``dev``, ``testing``, ...), and a
@@ -67,8 +45,8 @@ class ImageFolderData(LoadedData):
         interpolation: Of evaluation images: ``bilinear`` or ``bicubic``.
         train_interpolation: Of training images: ``bilinear``, ``bicubic`` or ``random``.
         crop_pct: Share of the resized evaluation image that its centre crop keeps.
-        mean: Of the channels in [0, 1], for normalisation.
-        std: Of the channels in [0, 1], for normalisation.
+        mean: Of the channels in [0, 1], for normalisation; None for ImageNet's, or 0.5 where ``in_chans`` is not 3.
+        std: The same.
         on_error: What to do with a file that cannot be read as an image. ``raise``: stop and name it (every header is
             checked before training; a file that is cut off is found when it is loaded). ``skip``: decode every file
             once before training and leave out, with a count and the names, those that fail.
@@ -78,6 +56,9 @@ class ImageFolderData(LoadedData):
         max_pixels: Largest image that is decoded.
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
+        in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
+            files; see ``visionattn.data.pixels``).
+        balanced_sampling: Draw training images so that every class comes equally often.
 
     Raises:
         FileNotFoundError: ``root`` or ``predict_root`` does not exist.
@@ -104,35 +85,26 @@ class ImageFolderData(LoadedData):
             interpolation: str = "bicubic",
             train_interpolation: str = "random",
             crop_pct: float = 0.875,
-            mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
-            std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+            mean: tuple[float, ...] | None = None,
+            std: tuple[float, ...] | None = None,
             on_error: Literal["raise", "skip"] = "raise",
             classes: list[str] | None = None,
             value_range: Literal["type", "file"] | tuple[float, float] = "type",
             max_pixels: int = MAX_PIXELS,
             min_batches: int = 1,
+            in_chans: int = 3,
+            balanced_sampling: bool = False,
     ):
-        super().__init__(batch_size, num_workers, seed, min_batches)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         if on_bad_image not in (None, "error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-        self.on_error: Literal["raise", "skip"] = "skip" if on_bad_image == "skip" else on_error
-        Faults(root, self.on_error)  # complains about on_error
-        self.decoding = Decoding(value_range, max_pixels).check()
-        self.val_fraction, self.verify = val_fraction, verify
-        self.predict_root = predict_root
-        self.normalisation = list(mean), list(std)
-        self.image_settings = dict(
-            image_size=image_size, interpolation=interpolation, crop_pct=crop_pct, mean=list(mean), std=list(std),
-            decoding=self.decoding._asdict())
-        common: dict[str, Any] = dict(input_size=image_size, mean=mean, std=std)
-        self.train_transform = _within_ranges(create_transform(
-            **common, is_training=True, scale=scale, hflip=hflip, color_jitter=color_jitter,
-            auto_augment=auto_augment, re_prob=random_erasing, re_mode="pixel", interpolation=train_interpolation))
-        self.eval_transform = create_transform(**common, crop_pct=crop_pct, interpolation=interpolation)
-
-        self.report, self.given = DataReport("images"), bool(classes)
+        super().__init__(
+            root, image_size, batch_size, num_workers, seed, verify, predict_root, scale, hflip, color_jitter,
+            auto_augment, random_erasing, interpolation, train_interpolation, crop_pct, mean, std,
+            "skip" if on_bad_image == "skip" else on_error, value_range, max_pixels, min_batches, in_chans,
+            balanced_sampling)
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        self.val_fraction, self.given = val_fraction, bool(classes)
         self.root, self.folders = _find_splits(Path(root), classes)
         self.classes = {split: _class_folders(folder, classes) for split, folder in self.folders.items()}
         self.class_names = list(self.classes["train"])
@@ -143,42 +115,6 @@ class ImageFolderData(LoadedData):
         for split in ("val", "test"):
             if split in self.folders:
                 self._match_classes(split)
-        self.samples: dict[str, list[Sample]] = {}
-
-    def setup(self, stage: str) -> None:
-        """Lists (and checks) the images that ``stage`` needs: ``samples[split]`` is ``[(file, label), ...]``."""
-        predicted = () if self.predict_root else ("test",)
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": predicted}[stage]
-        for split in needed:
-            if split not in self.samples:
-                self._list_split(split)
-
-    def train_dataloader(self) -> DataLoader:
-        """Augmented training images, shuffled."""
-        return self._train_loader(_Images(self.samples["train"], self.train_transform, self.decoding))
-
-    def val_dataloader(self) -> DataLoader:
-        """Validation images."""
-        return self._eval_loader(_Images(self.samples["val"], self.eval_transform, self.decoding))
-
-    def test_dataloader(self) -> DataLoader:
-        """Test images."""
-        return self._eval_loader(_Images(self.samples["test"], self.eval_transform, self.decoding))
-
-    def predict_dataloader(self) -> DataLoader:
-        """Images of ``predict_root`` (or the test images) with their path in place of the label."""
-        if self.predict_root is None:
-            files = [file for file, _ in self.samples["test"]]
-        else:
-            if not Path(self.predict_root).is_dir():
-                raise FileNotFoundError(f"predict_root {self.predict_root} is not a folder")
-            faults = Faults(self.predict_root, self.on_error)
-            files = self._check_files(find_images(Path(self.predict_root)), faults)
-            if not files:
-                raise ValueError(f"predict_root {self.predict_root} holds no images ({EXTENSIONS})")
-            self.report.splits["predict"] = SplitReport(len(files), {}, faults.listed, faults.more)
-        named = [(file, str(file)) for file in files]
-        return self._eval_loader(_Images(named, self.eval_transform, self.decoding))
 
     def _list_split(self, split: str) -> None:
         if split == "test" and "test" not in self.folders:
@@ -193,16 +129,7 @@ class ImageFolderData(LoadedData):
         listed = {split: samples}
         if held_out:
             listed["train"], listed["val"] = self._hold_out(samples)
-        self.samples |= listed
-        for name, part in listed.items():
-            counts = Counter(label for _, label in part)
-            left_out = (faults.listed, faults.more) if name == source else ([], 0)
-            self.report.splits[name] = SplitReport(
-                len(part), {class_: counts[label] for label, class_ in enumerate(self.class_names)}, *left_out)
-        for name in ("val", "test"):
-            known = self.verify and name in self.samples and "train" in self.samples
-            if known and (name in listed or "train" in listed):
-                say_shared(name, *([file for file, _ in self.samples[part]] for part in (name, "train")))
+        self._keep(listed, source, faults)
 
     def _find_samples(self, split: str, faults: Faults) -> list[Sample]:
         """The images of a split that can be used, class by class."""
@@ -231,25 +158,6 @@ class ImageFolderData(LoadedData):
             raise ValueError(f"{folder} holds no images that can be used ({EXTENSIONS})")
         return [(file, label) for label, name in enumerate(self.class_names) for file in files[name] if file in good]
 
-    def _check_files(self, files: list[Path], faults: Faults) -> list[Path]:
-        """``files`` without the unreadable ones; an error if there are such and they are not to be skipped."""
-        if not (self.verify or faults.skip):
-            return files
-        looks = find_faults(partial(self.decoding.look, decode=faults.skip), files)
-        bad = [(file, look.fault) for file, look in zip(files, looks, strict=True) if look.fault]
-        if bad and not faults.skip:
-            more = f" (and {len(bad) - 1} more such files)" if len(bad) > 1 else ""
-            raise ValueError(f"{bad[0][0]} cannot be read as an image: {bad[0][1]}{more}; {HINT}")
-        for file, look in zip(files, looks, strict=True):
-            if look.fault:
-                faults.add(str(file), UNREADABLE, look.fault)
-            elif look.animated:
-                faults.note(str(file), SEVERAL, remedy="read by the first of them")
-        if bad:
-            names = "".join(f"\n  {file}: {fault}" for file, fault in bad[:SHOWN])
-            say(f"Left out {len(bad)} of {len(files)} files that cannot be read as images:{names}")
-        return [file for file, look in zip(files, looks, strict=True) if not look.fault]
-
     def _hold_out(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
         labels = [label for _, label in samples]
         images = Counter(labels)
@@ -274,35 +182,6 @@ class ImageFolderData(LoadedData):
                 raise ValueError(f"{path} is a class that {train} does not have; it has {_shorten(self.class_names)}")
             matched[own] = path
         self.classes[split] = matched
-
-
-class _Images(Dataset):
-    """Reads images; a sample's second entry (label or path) is handed through."""
-
-    def __init__(
-            self, samples: list[tuple[Path, Any]], transform: Callable[[Image.Image], Tensor], decoding: Decoding):
-        self.samples, self.transform, self.decoding = samples, transform, decoding
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        file, label = self.samples[index]
-        return self.transform(read_image(file, HINT, self.decoding)), label
-
-
-def _within_ranges(transform: Any) -> Any:
-    """The transform, whose augmentations never ask Pillow for what it refuses: to posterise to no bits at all."""
-    for step in transform.transforms:
-        operations = [*getattr(step, "ops", ()), *(op for part in getattr(step, "policy", ()) for op in part)]
-        for operation in operations:
-            if operation.name.startswith("Posterize"):
-                operation.level_fn = partial(_one_bit_or_more, operation.level_fn)
-    return transform
-
-
-def _one_bit_or_more(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
-    return (max(1, *level_fn(level, hparams)),)
 
 
 def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str, Path]]:

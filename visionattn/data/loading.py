@@ -21,8 +21,14 @@ class LoadedData(pl.LightningDataModule):
     alone, so that a run which is resumed at an epoch sees what an uninterrupted one would have seen.
 
     ``setup`` fills ``report``, the table that a run starts with; where it stays without splits no table is shown.
+
+    Attributes:
+        in_chans: Channels of the images.
+        multi_label: Each image has any number of classes, not one.
     """
 
+    in_chans = 3
+    multi_label = False
     image_settings: dict[str, Any] | None = None  # how files become images, as plain values: kept in checkpoints
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; PyTorch's own if None
 
@@ -38,11 +44,12 @@ class LoadedData(pl.LightningDataModule):
         self.eval_batch_size = batch_size
         self.report = DataReport()
 
-    def _train_loader(self, dataset: Dataset, endless: bool = False) -> DataLoader:
+    def _train_loader(self, dataset: Dataset, endless: bool = False, weights: Tensor | None = None) -> DataLoader:
         """Shuffled batches; the last, smaller one is left out unless it is the only one.
 
         An epoch goes through a dataset several times that is too small for ``min_batches``. Epoch ``e`` of an
-        ``endless`` dataset of length ``n`` are its items ``n * e`` to ``n * (e + 1) - 1``.
+        ``endless`` dataset of length ``n`` are its items ``n * e`` to ``n * (e + 1) - 1``. With ``weights``, one for
+        each item, an epoch has as many items, drawn with replacement.
         """
         ranks, images = self._ranks()[0], len(dataset)  # type: ignore[arg-type]
         times = 1 if endless else math.ceil(self.min_batches * self.batch_size * ranks / images)
@@ -50,7 +57,8 @@ class LoadedData(pl.LightningDataModule):
             say(f"An epoch goes through the {images} training images {times} times: data.init_args.min_batches is "
                 f"{self.min_batches}.")
             dataset = ConcatDataset([dataset] * times)
-        sampler = _EpochSampler(dataset, *self._ranks(), seed=self.seed, endless=endless)
+            weights = None if weights is None else weights.repeat(times)
+        sampler = _EpochSampler(dataset, *self._ranks(), seed=self.seed, endless=endless, weights=weights)
         full = len(sampler) >= self.batch_size
         return _EpochLoader(
             dataset, batch_size=self.batch_size, sampler=sampler, generator=sampler.generator, drop_last=full,
@@ -82,15 +90,23 @@ def collate_detection(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[lis
 
 
 class _EpochSampler(DistributedSampler):
-    """Shuffles by seed and epoch, and seeds the generator that the loader draws its workers' seed from likewise."""
+    """Shuffles by seed and epoch, and seeds the generator that the loader draws its workers' seed from likewise.
 
-    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int, endless: bool):
+    With ``weights`` it draws, as ``WeightedRandomSampler`` does: each process its part of what all of them draw.
+    """
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int, endless: bool,
+                 weights: Tensor | None = None):
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
-        self.endless = endless
+        self.endless, self.weights = endless, weights
         self.generator = torch.Generator()
         self.set_epoch(0)
 
     def __iter__(self) -> Iterator[int]:
+        if self.weights is not None:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            drawn = torch.multinomial(self.weights, self.total_size, replacement=True, generator=generator)
+            return iter(drawn[self.rank::self.num_replicas].tolist())
         first = self.epoch * len(self.dataset) if self.endless else 0  # type: ignore[arg-type]
         return (first + index for index in super().__iter__())
 

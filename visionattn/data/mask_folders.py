@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from .pixels import ARRAY
 from .reading import Faults, find_images, is_image
 from .report import say
 from .splits import split_folders, split_of, visible_files, visible_folders
@@ -100,7 +101,7 @@ def match(folders: tuple[Path, Path | None], names: Names, faults: Faults) -> li
     if masks is None:
         return []
     found = [file for file in find_images(images) if masks == images or masks not in file.parents]
-    others = found if masks == images else find_images(masks)
+    others = found if masks == images else list(filter(_is_picture, find_images(masks)))
     if names.mask is not None or names.image != "*":
         ways: list[tuple[_Key, _Key]] = [(_template(names.image), _template(names.mask or "*"))]
     else:
@@ -186,8 +187,13 @@ def _by_kind(root: Path, kinds: set[str]) -> Path | None:
     found = [folder for folder in visible_folders(root)
              if kinds & {folder.name.lower(), re.sub(r"[ _.-]", "", folder.name.lower())}]
     if len(found) > 1:
-        found = [folder for folder in found if any(map(is_image, visible_files(folder)))]
+        found = [folder for folder in found if any(map(_is_picture, visible_files(folder)))]
     return found[0] if len(found) == 1 else None
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether a file can be a mask: an array, such as LabelMe leaves beside its masks, is none."""
+    return is_image(file) and file.suffix.lower() != ARRAY
 
 
 def _inner_splits(images: Path, masks: Path) -> dict[str, tuple[Path, Path | None]]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from PIL import Image
+from torch import Tensor
 
 from .pixels import AS_SEEN, ENDINGS, UNREAD, Decoding, Look
 from .report import say
 from .splits import visible_files
 
 __all__ = ["EXTENSIONS", "Faults", "check_images", "decoding_fault", "find_faults", "find_images", "header_fault",
-           "is_image", "only_images", "read_image", "result_names", "say_shared", "shared_files"]
+           "is_image", "only_images", "read_image", "read_tensor", "result_names", "say_shared", "shared_files"]
 
 EXTENSIONS = ", ".join(ending for ending in ENDINGS if ending not in UNREAD)  # of images, for messages
 UNREADABLE = "the file cannot be read as an image"
@@ -155,6 +156,14 @@ def read_image(file: Path, hint: str, decoding: Decoding = AS_SEEN) -> Image.Ima
     """
     try:
         return decoding.read(file)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}; {hint}") from error
+
+
+def read_tensor(file: Path, hint: str, decoding: Decoding = AS_SEEN) -> Tensor:
+    """The same as a tensor ``[channels, H, W]``: uint8 of three channels, float32 in [0, 1] of other numbers."""
+    try:
+        return decoding.tensor(file)
     except ValueError as error:
         raise ValueError(f"{file} cannot be read as an image: {error}; {hint}") from error
 
