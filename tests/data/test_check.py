@@ -183,9 +183,9 @@ def test_nothing_known(tmp_path):
         guess_data(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds nothing that is known"):
         guess_data(tmp_path)
-    (tmp_path / "a.csv").write_text("a")
-    with pytest.raises(ValueError, match=r"a.csv is neither a folder, nor COCO's JSON file"):
-        guess_data(tmp_path / "a.csv")
+    (tmp_path / "a.doc").write_text("a")
+    with pytest.raises(ValueError, match=r"a.doc is neither a folder, nor COCO's JSON file"):
+        guess_data(tmp_path / "a.doc")
     write_classes(tmp_path)
     with pytest.raises(ValueError, match="holds nothing for detection that is known"):
         guess_data(tmp_path, "detection")

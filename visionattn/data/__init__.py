@@ -1,14 +1,17 @@
-"""LightningDataModules: scikit-learn's digits (no download), image folders, COCO, VOC and YOLO files, folders of masks.
+"""LightningDataModules: scikit-learn's digits (no download), image folders, tables of labels, COCO, VOC and YOLO files,
+folders of masks.
 
-What a task may ask of a data module: the attributes ``num_classes`` and ``class_names`` from construction on, and
-batches. H and W may differ from image to image where a batch is a list.
+What a task may ask of a data module: the attributes ``num_classes`` and ``class_names``, ``in_chans`` and
+``multi_label`` (3 and False if absent) from construction on, and batches. H and W may differ from image to image where
+a batch is a list.
 
 Classification
-    ``(images [B, C, H, W] float32 normalised, labels [B] int64)`` for training and evaluation;
+    ``(images [B, C, H, W] float32 normalised, labels [B] int64)`` for training and evaluation, where ``multi_label``
+    labels are ``[B, classes]`` float32, 0 and 1;
     ``(images, names: list of str)`` for prediction.
 
 Detection
-    ``(images, targets)``: lists of ``[3, H, W]`` float32 in [0, 1], not normalised, and of dicts with
+    ``(images, targets)``: lists of ``[C, H, W]`` float32 in [0, 1], not normalised, and of dicts with
 
     * ``boxes [N, 4]`` float32: left, top, right, bottom in pixels of the image; N may be 0;
     * ``labels [N]`` int64: 1 to ``num_classes``, of which ``category_ids[label - 1]`` is the number in COCO files;
@@ -18,7 +21,7 @@ Detection
       file, as it is seen, and for evaluation and prediction ``file_name`` str. Prediction has these alone.
 
 Segmentation
-    ``(images [B, 3, H, W] float32 in [0, 1], not normalised, labels [B, H, W] int64)`` for training and evaluation,
+    ``(images [B, C, H, W] float32 in [0, 1], not normalised, labels [B, H, W] int64)`` for training and evaluation,
     where 255 is ignored and evaluation labels have the size of the file, which the image may not have;
     ``(images, names: list of str, sizes [B, 2] int64)`` for prediction: height and width of the files.
 """
@@ -27,9 +30,11 @@ from .digits import DigitsData
 from .image_folder import ImageFolderData
 from .scenes import DigitScenesData
 from .segmentation_folder import SegmentationFolderData
+from .table import CsvData
 from .voc_folder import VocData
 from .yolo import YoloData
 
 __all__ = [
-    "CocoData", "DigitScenesData", "DigitsData", "ImageFolderData", "SegmentationFolderData", "VocData", "YoloData",
+    "CocoData", "CsvData", "DigitScenesData", "DigitsData", "ImageFolderData", "SegmentationFolderData", "VocData",
+    "YoloData",
 ]

@@ -138,7 +138,8 @@ def _examples(module: Any) -> Iterator[tuple[Image.Image, str]]:
     if hasattr(module, "samples"):
         samples = module.samples["train"]
         for file, label in _spread(samples):
-            yield read_image(file, "", module.decoding), f"{names[label]}: {file.name}"
+            classes = ", ".join(names[one] for one in label) if module.multi_label else names[label]
+            yield read_image(file, "", module.decoding), f"{classes}: {file.name}"
         return
     dataset = copy.copy(module.val_dataloader().dataset)  # without random transforms
     if hasattr(module, "records"):

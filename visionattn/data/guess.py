@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 from .mask_folders import IMAGES, MASKS
 from .polygons import number
 from .reading import is_image
-from .splits import visible_files
+from .splits import split_of, visible_files
+from .table import find_tables
 
 __all__ = ["DataKind", "guess_data"]
 
@@ -54,7 +55,7 @@ def guess_data(path: str | Path, task: Task | None = None) -> DataKind:
         files = sorted(visible_files(path))
         images = [file for file in files if is_image(file)]
         kinds = [kind for kind in (_coco(path, files), _voc(path, files), _yolo(path, files, images),
-                                   _masks(path, images), _classes(path, images)) if kind]
+                                   _masks(path, images), _table(path, images), _classes(path, images)) if kind]
     kinds = [kind for kind in kinds if task in (None, kind.task)]
     if not kinds:
         raise ValueError(f"{path} holds nothing {f'for {task} ' if task else ''}that is known: expected folders of "
@@ -68,7 +69,9 @@ def _of_file(file: Path) -> list[DataKind]:
     if file.suffix.lower() == ".json":
         return [DataKind("detection", "CocoData", {"root": str(file.parent), "train_annotations": file.name},
                          f"{file.name} is a JSON file")]
-    raise ValueError(f"{file} is neither a folder, nor COCO's JSON file, nor YOLO's data.yaml")
+    if file.suffix.lower() in (".csv", ".tsv"):
+        return [DataKind("classification", "CsvData", {"root": str(file)}, f"{file.name} is a table")]
+    raise ValueError(f"{file} is neither a folder, nor COCO's JSON file, YOLO's data.yaml or a CSV table")
 
 
 def _coco(root: Path, files: list[Path]) -> DataKind | None:
@@ -126,6 +129,16 @@ def _masks(root: Path, images: list[Path]) -> DataKind | None:
     if named and len(named) >= 0.4 * len(images):
         return DataKind("segmentation", "SegmentationFolderData", plain, f"{named[0].name} has the name of a mask")
     return None
+
+
+def _table(root: Path, images: list[Path]) -> DataKind | None:
+    tables = find_tables(root)
+    folders = {file.parent for file in images if file.parent != root}
+    classes = [folder for folder in folders
+               if not split_of(folder.name, alone=True) and folder.name.lower() not in IMAGES]
+    if not tables or len(classes) > 1:  # images in class folders, with a table about them
+        return None
+    return DataKind("classification", "CsvData", {"root": str(root)}, f"{tables[0].name} lists images and labels")
 
 
 def _classes(root: Path, images: list[Path]) -> DataKind | None:
