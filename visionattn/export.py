@@ -273,7 +273,8 @@ def _facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         "channels": shape[-3],
         "mean": [0.] * shape[-3] if inside else run.get("_mean", list(mean)),
         "std": [1.] * shape[-3] if inside else run.get("_std", list(std)),
-    } | ({"class_names": run["class_names"]} if run.get("class_names") else {})
+    } | ({"class_names": run["class_names"]} if run.get("class_names") else {}) | (
+        {"multi_label": True, "thresholds": run.get("_thresholds")} if run.get("multi_label") else {})
 
 
 def _detector(model: Any, image_size: tuple[int, int] | None, opset: int) -> tuple[Any, _Check]:

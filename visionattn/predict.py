@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from .data.classification import evaluation_transform
 from .data.dense_transforms import resize_shorter, to_image
 from .data.inputs import Input, find_inputs
-from .data.pixels import Decoding
+from .data.pixels import Decoding, picture_of
 from .data.report import say
 from .tasks import ClassificationTask, DetectionTask, SegmentationTask
 from .tasks.pictures import printable
@@ -78,6 +78,8 @@ class Predictor:
         self.settings = saved.get("_image_settings") or self.run.image_settings()
         if isinstance(self.task, DetectionTask):
             self.task.category_ids = saved.get("_category_ids")
+        if isinstance(self.task, ClassificationTask):
+            self.task.thresholds = saved.get("_thresholds") or self.task.thresholds
         if tile is not None and tile < 32:
             raise ValueError(f"a tile must have 32 pixels or more, got {tile}")
         if tile is not None and isinstance(self.task, ClassificationTask):
@@ -88,6 +90,9 @@ class Predictor:
         if max_pixels is not None:
             self.decoding = self.decoding._replace(max_pixels=max_pixels)
         self.decoding.check()
+        if tile is not None and self.decoding.channels != 3:
+            raise ValueError(f"tiles are cut of images of 3 channels, and these have {self.decoding.channels}: leave "
+                             "tile out")
         self._prepare = self._preparation()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.task.to(self.device)
@@ -105,25 +110,26 @@ class Predictor:
             if batch:
                 yield from self._predict(batch)
 
-    def _preparation(self) -> Callable[[Image.Image], Any]:
+    def _preparation(self) -> Callable[[Any], Any]:
         """What is done to an image, beside those that the model sees in one batch, before it goes to the device."""
         settings = self.settings
         if isinstance(self.task, ClassificationTask):
-            return create_transform(
-                input_size=settings["image_size"], interpolation=settings["interpolation"],
-                crop_pct=settings["crop_pct"], mean=settings["mean"], std=settings["std"])
+            return evaluation_transform(
+                settings["image_size"], settings["interpolation"], settings["crop_pct"], settings["mean"],
+                settings["std"])
         if isinstance(self.task, SegmentationTask):
             return lambda image: to_image(resize_shorter(
-                F.pil_to_tensor(image), settings["short_side"], settings["max_size"]))
-        return lambda image: to_image(F.pil_to_tensor(image))
+                _tensor(image), settings["short_side"], settings["max_size"]))
+        return lambda image: to_image(_tensor(image))
 
     def _read(self, file: Path) -> tuple[Path, Any, Any]:
         """The file, its image and that as the model takes it; in place of the image why it cannot be read."""
         try:
-            image = self.decoding.read(file)
+            values: Any = self.decoding.read(file) if self.decoding.channels == 3 else self.decoding.tensor(file)
         except ValueError as error:
             return file, str(error), None
-        return file, image, None if self.tile else self._prepare(image)
+        image = picture_of(values) if isinstance(values, Tensor) else values
+        return file, image, None if self.tile else self._prepare(values)
 
     def _predict(self, batch: list[tuple[Path, Any, Any]]) -> Iterator[Prediction]:
         good = [(image, prepared) for _, image, prepared in batch if not isinstance(image, str)]
@@ -214,6 +220,10 @@ def main(argv: list[str]) -> int:
     say(f"{len(faults)} of {len(inputs)} images cannot be used and were left out, the first is {printable(first)}: "
         f"{why}; {left_out} lists them.")
     return 1
+
+
+def _tensor(image: Image.Image | Tensor) -> Tensor:
+    return image if isinstance(image, Tensor) else F.pil_to_tensor(image)
 
 
 def _parser() -> argparse.ArgumentParser:

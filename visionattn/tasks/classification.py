@@ -1,21 +1,25 @@
-"""Image classification: any timm backbone, soft-target cross-entropy, AdamW with a cosine schedule."""
+"""Image classification, of one class or several: any timm backbone, soft targets, AdamW with a cosine schedule."""
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from ..data.report import say
 from ..layers import auxiliary_losses
 from ..weights import check_name, fitting, read_checkpoint, timm_model
 from .base import Task, check_arguments
+from .freezing import Freezing
+from .multilabel import MultilabelScores, average_precisions, best_thresholds, threshold_scores
 from .optim import adamw, cosine_with_warmup
-from .results import ClassificationResults
+from .results import ClassificationResults, MultilabelResults
 
 __all__ = ["ClassificationTask"]
 
@@ -27,6 +31,11 @@ class ClassificationTask(Task):
     ``accuracy``, with more than five classes ``accuracy_top5`` (both fractions), and ``loss``. Testing writes
     ``test_metrics.json``, prediction ``predictions.csv``, into the trainer's ``default_root_dir``. Accumulated
     gradients, clipping and mixed precision are the Trainer's.
+
+    With ``multi_label`` an image has any number of classes: labels are ``[B, classes]`` of 0 and 1, the loss is binary
+    cross-entropy, and ``val/map`` and ``test/map`` (mean of the classes' average precision, of those that occur) and
+    ``f1`` take the place of accuracy. The probability from which on a class counts as present is the one with the best
+    F1 on the validation images, of each class its own; a checkpoint keeps them (``thresholds``).
 
     Args:
         backbone: Name of a model of timm's registry, ours included.
@@ -44,16 +53,25 @@ class ClassificationTask(Task):
         layer_decay: Factor on the learning rate from each layer to the one before it; None for one rate.
         warmup_epochs: Epochs of linear warm-up; fractions count. It takes a third of the run at most.
         min_lr: Learning rate that the cosine ends at.
-        label_smoothing: Share of the target spread over all classes.
+        label_smoothing: Share of the target spread over all classes; with ``multi_label``, between 0 and 1.
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off.
         mixup_switch_prob: Probability of cutmix for a batch where both are on.
         ema_decay: Decay per step of the moving average of the weights, less in the first steps. The average is what is
             validated and tested; a checkpoint holds it as ``state_dict`` and the raw weights beside it. None keeps no
             average.
+        multi_label: Images have any number of classes; the command line takes it from the data.
+        class_weights: What each class weighs in the training loss, or ``balanced``: the inverse of its share of the
+            training images. With ``multi_label`` it weighs the images that have the class against those that do not;
+            ``balanced`` is then the ratio of their numbers.
+        frozen: Train the head alone. What lies below is in eval mode, its batch norms keep their statistics.
+        unfreeze_epochs: With ``frozen``: number of epochs in which the layers below are freed, from the head downwards.
+
+    Attributes:
+        thresholds: Of ``multi_label``: probability of each class from which on it is present.
     """
 
-    monitor = "val/accuracy"  # what the best checkpoint is best in
+    monitor = "val/accuracy"  # what the best checkpoint is best in; of multi_label val/map
     monitor_mode = "max"
 
     def __init__(
@@ -77,20 +95,35 @@ class ClassificationTask(Task):
             cutmix: float = 0.0,
             mixup_switch_prob: float = 0.5,
             ema_decay: float | None = None,
+            multi_label: bool = False,
+            class_weights: list[float] | Literal["balanced"] | None = None,
+            frozen: bool = False,
+            unfreeze_epochs: int | None = None,
     ):
         super().__init__()
         check_arguments(num_classes, 2, class_names, ema_decay)
+        _check_weights(class_weights, num_classes)
+        if unfreeze_epochs is not None and (not frozen or unfreeze_epochs < 1):
+            raise ValueError(f"unfreeze_epochs must be 1 or more, with frozen set to true, got {unfreeze_epochs}")
         self.save_hyperparameters()
         self.args = self.hparams
         args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
         self.model = _create_model(backbone, pretrained, checkpoint_path, args)
+        self.freezing = Freezing(self.model, backbone, unfreeze_epochs) if frozen else None
         self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", None if class_weights in (None, "balanced") else torch.tensor(
+            class_weights), persistent=False)
         metrics = MetricCollection({"accuracy": MulticlassAccuracy(num_classes, average="micro")})
         if num_classes > 5:
             metrics.add_metrics({"accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=5)})
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
+        self.val_scores, self.test_scores = MultilabelScores(), MultilabelScores()
+        self.thresholds = [0.5] * num_classes
+        if multi_label:
+            self.monitor = "val/map"
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.num_tested = SumMetric()
         self._predictions: list[list[Any]] = []
@@ -98,6 +131,49 @@ class ClassificationTask(Task):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of ``images [B, C, H, W]``."""
         return self.model(images)
+
+    def train(self, mode: bool = True) -> "ClassificationTask":
+        """Sets the mode of what is not frozen."""
+        super().train(mode)
+        if mode and self.freezing:
+            self.freezing.set_modes(self._epoch())
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Takes ``balanced`` class weights from the training images; says what it starts from if that is nothing."""
+        if stage != "fit":
+            return
+        if self.args.class_weights == "balanced":
+            self.class_weight = _balanced(getattr(self.trainer, "datamodule", None), self.args.multi_label)
+        fresh = not (self.args.pretrained or self.args.checkpoint_path or self.trainer.ckpt_path)
+        if self.args.frozen and fresh:
+            say("Warning: the frozen layers have random weights: set pretrained or checkpoint_path.")
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds, and frees the layers whose turn it is."""
+        super().on_train_epoch_start()
+        if self.freezing:
+            self.train()  # also what is freed now
+            before = self.freezing.number(self.current_epoch - 1) if self.current_epoch else None
+            below, frozen = len(self.freezing.below), self.freezing.number(self.current_epoch)
+            if frozen != before:
+                say(f"Epoch {self.current_epoch}: the head trains and {below - frozen} of the {below} layers below it.")
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Takes the gradients of layers that do not train yet away, so that the step leaves them as they are."""
+        if self.freezing:
+            for parameter in self.freezing.frozen(self.current_epoch):
+                parameter.grad = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the thresholds of multi-label classes."""
+        super().on_save_checkpoint(checkpoint)
+        if self.args.multi_label:
+            checkpoint["hyper_parameters"]["_thresholds"] = self.thresholds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them from there."""
+        self.thresholds = checkpoint["hyper_parameters"].get("_thresholds") or self.thresholds
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule, stepped once an optimiser step."""
@@ -113,8 +189,9 @@ class ClassificationTask(Task):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss of one batch, mixed if asked for."""
+        self._check_labels(batch[1])
         images, targets = self.mix(*batch) if self.mix else batch
-        loss = cross_entropy(self(images), targets, label_smoothing=self.args.label_smoothing)
+        loss = self._training_loss(self(images), targets)
         for name, auxiliary_loss in auxiliary_losses(self.model).items():
             self.log(f"train/{name}", auxiliary_loss, on_step=True, on_epoch=True, batch_size=len(images),
                      sync_dist=True)
@@ -127,6 +204,14 @@ class ClassificationTask(Task):
         """Adds one batch to the validation metrics."""
         self._evaluate("val", self.val_metrics, self.val_loss, *batch)
 
+    def on_validation_epoch_end(self) -> None:
+        """Of multi-label images: chooses the thresholds and logs the metrics."""
+        if self.args.multi_label:
+            scores, labels = self.val_scores.compute()
+            if self.trainer.state.fn == "fit":
+                self.thresholds = best_thresholds(scores, labels).tolist()
+            self._log_scores("val", self.val_scores)
+
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Adds one batch to the test metrics."""
         self._evaluate("test", self.test_metrics, self.test_loss, *batch)
@@ -134,8 +219,12 @@ class ClassificationTask(Task):
 
     def on_test_epoch_end(self) -> None:
         """Writes ``test_metrics.json`` into the run folder."""
-        metrics: dict[str, Any] = {
-            key.removeprefix("test/"): round(value.item(), 6) for key, value in self.test_metrics.compute().items()}
+        metrics: dict[str, Any]
+        if self.args.multi_label:
+            metrics = self._log_scores("test", self.test_scores)
+        else:
+            metrics = {key.removeprefix("test/"): round(value.item(), 6)
+                       for key, value in self.test_metrics.compute().items()}
         metrics |= {
             "loss": round(self.test_loss.compute().item(), 6),
             "num_images": int(self.num_tested.compute()),
@@ -151,6 +240,8 @@ class ClassificationTask(Task):
         """Begins ``predictions.csv`` and ``pictures``; there is neither a threshold nor anything to cut out."""
         if threshold is not None or crops:
             raise ValueError("a classifier gives every image its most probable class: leave threshold and crops out")
+        if self.args.multi_label:
+            return MultilabelResults(folder, self.names, self.thresholds, first)
         return ClassificationResults(folder, self.names, first)
 
     def predict_step(self, batch: tuple[Tensor, list[str]]) -> Tensor:
@@ -162,11 +253,14 @@ class ClassificationTask(Task):
         return probabilities
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities ``[B, classes]`` of ``images [B, C, H, W]``."""
-        return self(images).softmax(dim=1)
+        """Probabilities ``[B, classes]`` of ``images [B, C, H, W]``; of multi-label classes independent ones."""
+        return self(images).sigmoid() if self.args.multi_label else self(images).softmax(dim=1)
 
     def on_predict_epoch_end(self) -> None:
-        """Writes ``predictions.csv`` into the run folder: an image a row, its five most probable classes beside it."""
+        """Writes ``predictions.csv`` into the run folder: an image a row, its five most probable classes beside it.
+
+        Of multi-label images: the classes above their thresholds, and the probabilities of all.
+        """
         rows, self._predictions = self.of_all_processes(self._predictions), []
         if self.trainer.world_size > 1:
             rows.sort()
@@ -177,11 +271,75 @@ class ClassificationTask(Task):
 
     def _evaluate(
             self, split: str, metrics: MetricCollection, loss: MeanMetric, images: Tensor, labels: Tensor) -> None:
+        self._check_labels(labels)
         logits = self(images)
+        if self.args.multi_label:
+            loss.update(binary_cross_entropy_with_logits(logits, labels.float()), weight=len(labels))
+            (self.val_scores if split == "val" else self.test_scores).update(logits.sigmoid(), labels)
+            self.log(f"{split}/loss", loss)
+            return
         loss.update(cross_entropy(logits, labels), weight=len(labels))
         metrics.update(logits, labels)
         self.log_dict(metrics)
         self.log(f"{split}/loss", loss)
+
+
+    def _training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.args.label_smoothing
+        if self.args.multi_label:
+            targets = targets.float() * (1 - smoothing) + smoothing / 2
+            return binary_cross_entropy_with_logits(logits, targets, pos_weight=self.class_weight)
+        return cross_entropy(logits, targets, self.class_weight, label_smoothing=smoothing)
+
+    def _log_scores(self, split: str, metric: MultilabelScores) -> dict[str, Any]:
+        """Logs and resets the metrics of multi-label images; returns them with those of each class."""
+        scores, labels = metric.compute()
+        metric.reset()
+        thresholds = torch.tensor(self.thresholds, device=scores.device)
+        each = {"ap": average_precisions(scores, labels)} | threshold_scores(scores, labels, thresholds)
+        mean = {"map" if name == "ap" else name: round(values.nanmean().item(), 6) for name, values in each.items()}
+        self.log_dict({f"{split}/{name}": mean[name] for name in ("map", "f1")}, sync_dist=True)
+        per_class: dict[str, Any] = {
+            name: {"images": int(labels[:, label].sum()), "threshold": round(self.thresholds[label], 6)}
+            for label, name in enumerate(self.names)}
+        for label, found in enumerate(per_class.values()):
+            found |= {key: None if values[label].isnan() else round(values[label].item(), 6)
+                      for key, values in each.items()}
+        absent = [name for name, found in per_class.items() if not found["images"]]
+        if absent and split == "test":
+            others = " and others" if len(absent) > 10 else ""
+            say(f"No test image has {', '.join(absent[:10])}{others}: the means are those of the other classes.")
+        return mean | {"per_class": per_class}
+
+    def _epoch(self) -> int:
+        return self.current_epoch if self._trainer is not None else 0
+
+    def _check_labels(self, labels: Tensor) -> None:
+        several = labels.ndim == 2
+        if several != self.args.multi_label:
+            raise ValueError(f"the data gives {'several labels' if several else 'one label'} for an image, and "
+                             f"multi_label is {str(self.args.multi_label).lower()}")
+
+
+def _check_weights(weights: Any, num_classes: int) -> None:
+    """Raises a ValueError for ``class_weights`` that fit no such classes."""
+    if weights is None or weights == "balanced":
+        return
+    if isinstance(weights, str) or len(weights) != num_classes:
+        raise ValueError(f"class_weights must be balanced or {num_classes} numbers, got {weights}")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"class_weights must be positive, got {list(weights)}")
+
+
+def _balanced(data: Any, multi_label: bool) -> Tensor:
+    """Class weights by the counts of the training images; classes without any, or with all, have a weight of 1."""
+    split = getattr(getattr(data, "report", None), "splits", {}).get("train")
+    if split is None or not split.counts:
+        raise ValueError("class_weights balanced needs data that counts its classes; give a number for each class")
+    counts = torch.tensor(list(split.counts.values()), dtype=torch.float32)
+    most = (split.images - counts) if multi_label else split.images / len(counts)
+    weights = most / counts
+    return torch.where(weights.isfinite() & (weights > 0), weights, 1.0)
 
 
 def _create_model(backbone: str, pretrained: bool, checkpoint_path: str | None, args: dict[str, Any]) -> nn.Module:

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..data.masks import voc_colors
 from .pictures import Patch, draw_classes, draw_label_map, draw_objects, printable
 
-__all__ = ["ClassificationResults", "DetectionResults", "ResultFolder", "Results", "SegmentationResults"]
+__all__ = ["ClassificationResults", "DetectionResults", "MultilabelResults", "ResultFolder", "Results",
+           "SegmentationResults"]
 
 _MARK = ("Software", "visionattn predict")  # in the files that are written here, so that no others are removed
 _LONGEST = 255  # bytes of a file's name
@@ -146,6 +147,41 @@ class ClassificationResults(Results):
     def abandon(self) -> None:
         """Closes and removes the table."""
         _remove(self._file, self.folder / self.files[0])
+
+
+class MultilabelResults(ClassificationResults):
+    """``predictions.csv``, a row an image with its classes and the probabilities of all classes, and ``pictures``.
+
+    Args:
+        folder: Where they go.
+        names: Of the classes.
+        thresholds: Probability of each class from which on an image has it.
+        first: Whether this process is the one that removes and writes.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], thresholds: Sequence[float], first: bool = True):
+        super().__init__(folder, names, first)
+        self.thresholds = dict(zip(names, thresholds, strict=True))
+
+    def best(self, probabilities: Tensor) -> list[tuple[str, float]]:
+        """All classes with their probabilities."""
+        return list(zip(self.names, probabilities.tolist(), strict=True))
+
+    def write(self, file: str, best: list[tuple[str, float]]) -> None:
+        """Adds the row of one image."""
+        if self._file is None:
+            self._file = _opened(self.folder / self.files[0])
+            csv.writer(self._file).writerow(["file", "labels", *self.names])
+        present = "|".join(name for name, _ in self._present(best))
+        csv.writer(self._file).writerow([file, present, *(f"{value:.6f}" for _, value in best)])
+        self.count += 1
+
+    def draw(self, name: str, image: Image.Image, best: list[tuple[str, float]]) -> None:
+        """Writes the picture of one image with the classes that it has."""
+        self.parts["pictures"].save(draw_classes(image, sorted(self._present(best), key=lambda one: -one[1])), name)
+
+    def _present(self, best: list[tuple[str, float]]) -> list[tuple[str, float]]:
+        return [(name, value) for name, value in best if value >= self.thresholds[name]]
 
 
 class DetectionResults(Results):

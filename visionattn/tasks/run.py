@@ -39,6 +39,8 @@ from .story import EpochLines, OneBar, figures
 
 __all__ = ["main"]
 
+FROM_DATA = ("num_classes", "class_names", "in_chans", "multi_label")  # arguments of tasks that the data know
+
 
 def main(argv: list[str]) -> None:
     """Runs ``fit``, ``validate``, ``test`` or ``predict``.
@@ -75,7 +77,7 @@ class _RunCLI(LightningCLI):
         return super().init_parser(**kwargs | {"exit_on_error": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in ("num_classes", "class_names"):
+        for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -124,7 +126,7 @@ class _RunCLI(LightningCLI):
                 config.trainer = relocated(config.trainer, moved)
         self._ckpt_path = _find_checkpoint(str(self.subcommand), config.ckpt_path, run, config.model.init_args)
         config.ckpt_path = None  # config.yaml describes the run, not how it was resumed
-        self._classes = {name: config.model.init_args.get(name) for name in ("num_classes", "class_names")}
+        self._classes = {name: config.model.init_args.get(name) for name in FROM_DATA}
         self._config_to_save = self.config.clone()
         if self._ckpt_path:
             # The weights come from the checkpoint: nothing to download or read before.
@@ -331,7 +333,7 @@ def _check_checkpoint(path: str, model: pl.LightningModule) -> None:
     if saved is None:
         raise ValueError(f"{path} is not the checkpoint of a training run; weights alone go to the model's "
                          "checkpoint_path")
-    for key in ("backbone", "detector", "head", "num_classes", "in_chans", "class_names"):
+    for key in ("backbone", "detector", "head", "num_classes", "in_chans", "multi_label", "class_names"):
         theirs, ours = saved.get(key), model.hparams.get(key)
         if None not in (theirs, ours) and theirs != ours:
             raise ValueError(f"{path} is of another model: its {key} is {theirs}, the configuration's is {ours}")
