@@ -27,7 +27,7 @@ from .reading import (
 )
 from .report import DataReport, SplitReport, say
 
-__all__ = ["ClassificationData", "Sample", "evaluation_transform"]
+__all__ = ["ClassificationData", "Sample", "evaluation_transform", "normalisation"]
 
 Sample = tuple[Path, Any]  # a file and its label: a number, or those of all its classes
 
@@ -86,19 +86,13 @@ class ClassificationData(LoadedData):
         self.on_error, self.verify, self.predict_root = on_error, verify, predict_root
         self.decoding = Decoding(value_range, max_pixels, in_chans).check()
         self.in_chans, self.balanced_sampling = in_chans, balanced_sampling
-        half = (0.5,) * in_chans
-        mean = mean or (IMAGENET_DEFAULT_MEAN if in_chans == 3 else half)
-        std = std or (IMAGENET_DEFAULT_STD if in_chans == 3 else half)
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != in_chans:
-                raise ValueError(f"{name} has {len(values)} values, and in_chans is {in_chans}")
-        self.normalisation = list(mean), list(std)
+        self.normalisation = means, stds = normalisation(mean, std, in_chans)
         self.image_settings = dict(
-            image_size=image_size, interpolation=interpolation, crop_pct=crop_pct, mean=list(mean), std=list(std),
+            image_size=image_size, interpolation=interpolation, crop_pct=crop_pct, mean=means, std=stds,
             decoding=self.decoding._asdict())
-        self.eval_transform = evaluation_transform(image_size, interpolation, crop_pct, mean, std)
+        self.eval_transform = evaluation_transform(image_size, interpolation, crop_pct, means, stds)
         if in_chans == 3:
-            common: dict[str, Any] = dict(input_size=image_size, mean=mean, std=std)
+            common: dict[str, Any] = dict(input_size=image_size, mean=tuple(means), std=tuple(stds))
             self.train_transform = _within_ranges(create_transform(
                 **common, is_training=True, scale=scale, hflip=hflip, color_jitter=color_jitter,
                 auto_augment=auto_augment, re_prob=random_erasing, re_mode="pixel", interpolation=train_interpolation))
@@ -108,7 +102,7 @@ class ClassificationData(LoadedData):
                     "color_jitter are of colours and left out.")
             self.train_transform = v2.Compose([
                 v2.RandomResizedCrop(image_size, scale, interpolation=_MODES[train_interpolation]),
-                v2.RandomHorizontalFlip(hflip), _Clamp(), v2.Normalize(mean, std),
+                v2.RandomHorizontalFlip(hflip), _Clamp(), v2.Normalize(means, stds),
                 RandomErasing(random_erasing, mode="pixel", device="cpu")])
         self.report = DataReport("images")
         self.samples: dict[str, list[Sample]] = {}
@@ -193,6 +187,18 @@ class ClassificationData(LoadedData):
             names = "".join(f"\n  {file}: {fault}" for file, fault in bad[:SHOWN])
             say(f"Left out {len(bad)} of {len(files)} files that cannot be read as images:{names}")
         return [file for file, look in zip(files, looks, strict=True) if not look.fault]
+
+
+def normalisation(
+        mean: Sequence[float] | None, std: Sequence[float] | None, in_chans: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel; for None ImageNet's, or 0.5 where these are not three."""
+    half = [0.5] * in_chans
+    result = (list(mean or (IMAGENET_DEFAULT_MEAN if in_chans == 3 else half)),
+              list(std or (IMAGENET_DEFAULT_STD if in_chans == 3 else half)))
+    for name, values in zip(("mean", "std"), result, strict=True):
+        if len(values) != in_chans:
+            raise ValueError(f"{name} has {len(values)} values, and in_chans is {in_chans}")
+    return result
 
 
 def evaluation_transform(

@@ -49,7 +49,8 @@ class DigitsData(LoadedData):
         self.num_classes = 10
         self.normalisation = [MEAN] * in_chans, [STD] * in_chans
         self.image_settings = dict(
-            image_size=image_size, interpolation="bicubic", crop_pct=1.0, mean=[MEAN] * in_chans, std=[STD] * in_chans)
+            image_size=image_size, interpolation="bicubic", crop_pct=1.0, mean=[MEAN] * in_chans, std=[STD] * in_chans,
+            decoding={"channels": in_chans})
         self.class_names = [str(digit) for digit in range(10)]
 
     def setup(self, stage: str) -> None:

@@ -7,6 +7,7 @@ import yaml
 from jsonargparse import Namespace
 
 from .. import data
+from ..data.classification import normalisation
 from ..data.digits import MEAN, STD
 from ..data.pixels import Decoding
 from ..data.report import say
@@ -98,8 +99,13 @@ class Run(NamedTuple):
         settings = {name: known[name] for name in _SETTINGS if name in known}
         if module is data.DigitsData:
             chans = known["in_chans"]
-            return settings | dict(interpolation="bicubic", crop_pct=1.0, mean=[MEAN] * chans, std=[STD] * chans)
-        return settings | {"decoding": {name: known[name] for name in Decoding._fields if name in known}}
+            return settings | dict(interpolation="bicubic", crop_pct=1.0, mean=[MEAN] * chans, std=[STD] * chans,
+                                   decoding={"channels": chans})
+        chans = known.get("in_chans", 3)
+        if "mean" in settings:
+            settings["mean"], settings["std"] = normalisation(settings["mean"], settings["std"], chans)
+        return settings | {"decoding": {name: known[name] for name in Decoding._fields if name in known} | {
+            "channels": chans}}
 
 
 def find_run(path: str | Path) -> Run:
