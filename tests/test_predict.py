@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from visionattn.cli import main
+from visionattn.data import CsvData, ImageFolderData, VocData, YoloData
 from visionattn.data.inputs import find_inputs
 from visionattn.heads import sliding_window
 from visionattn.predict import Predictor
@@ -164,6 +165,77 @@ def test_what_a_checkpoint_does_not_say_is_asked_for(runs, tmp_path, capfd):
     assert "alone.ckpt does not say how its images are made" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("task", RUNS)
+def test_test_needs_the_test_images_alone(task, runs, tmp_path, capfd):
+    """``visionattn test RUN DATA`` with data that have one split, and the second of the classes first."""
+    run, root = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(runs / "runs" / task, run)
+    (run / "test_metrics.json").unlink()
+    if task == "classification":
+        write_classes(root / "testing", ("DOG", "emu"), count=2)
+    elif task == "detection":
+        content = coco_content(root / "val")
+        (root / "val.json").write_text(json.dumps(content))
+    else:
+        write_image(root / "images" / "val" / "0.png")
+        write_mask(root / "masks" / "val" / "0.png", values=(0, 1))
+    argv = ["test", str(run), str(root), "--trainer.limit_test_batches", "1.0"]
+    assert main(argv) == 0
+    metrics = json.loads((run / "test_metrics.json").read_text())
+    assert (metrics["num_images"], metrics["num_classes"]) == {
+        "classification": (4, 3), "detection": (3, 2), "segmentation": (1, 3)}[task]
+    if task == "classification":
+        assert main([*argv[:2], str(root / "testing"), *argv[3:]]) == 0
+        write_classes(root / "testing", ("fox",))
+    elif task == "detection":
+        content["categories"][0]["name"] = "fox"
+        (root / "val.json").write_text(json.dumps(content))
+    else:
+        write_mask(root / "masks" / "val" / "0.png", values=(0, 1, 7))
+    capfd.readouterr()
+    assert main(argv) == 1
+    said, = [line for line in capfd.readouterr().err.splitlines() if line.startswith("visionattn: error")]
+    assert ("fox" if task != "segmentation" else "a label without a class") in said or "7" in said
+
+
+def test_labels_are_those_of_the_checkpoint(tmp_path):
+    """Whatever classes the test images have, with each kind of data."""
+    write_classes(tmp_path / "folders" / "test", ("dog", "Emu"), count=1)
+    data = ImageFolderData(str(tmp_path / "folders"), class_names=["emu", "cat", "dog"], num_workers=0)
+    data.setup("test")
+    assert {file.parent.name: label for file, label in data.samples["test"]} == {"dog": 2, "Emu": 0}
+    with pytest.raises(ValueError, match="has no folder train, whose images are needed"):
+        data.setup("fit")
+
+    yolo = tmp_path / "yolo"
+    write_image(yolo / "images" / "test" / "a.png")
+    (yolo / "labels" / "test").mkdir(parents=True)
+    (yolo / "labels" / "test" / "a.txt").write_text("1 0.5 0.5 0.2 0.2\n")
+    (yolo / "data.yaml").write_text("{train: images/train, val: images/val, test: images/test, names: [cat, dog]}")
+    data = YoloData(str(yolo), class_names=["dog", "cat"], num_workers=0)
+    data.setup("test")
+    assert data.records["test"][0].objects[0].label == 1
+    assert data.category_ids == [1, 0]
+    with pytest.raises(ValueError, match=r"data.yaml has the class 'cat', and the classes are dog, fox"):
+        YoloData(str(yolo), class_names=["dog", "fox"])
+
+    voc = tmp_path / "voc" / "test"
+    write_image(voc / "a.png")
+    (voc / "a.xml").write_text("<annotation><object><name>dog</name><bndbox><xmin>3</xmin><ymin>4</ymin><xmax>9</xmax>"
+                               "<ymax>9</ymax></bndbox></object></annotation>")
+    data = VocData(str(tmp_path / "voc"), class_names=["cat", "dog"], num_workers=0)
+    data.setup("test")
+    assert data.records["test"][0].objects[0].label == 2
+    with pytest.raises(ValueError, match="has the class 'dog', and the classes are cat, fox"):
+        VocData(str(tmp_path / "voc"), class_names=["cat", "fox"])
+
+    write_image(tmp_path / "tables" / "b.png")
+    (tmp_path / "tables" / "test.csv").write_text("path,label\nb.png,dog\n")
+    data = CsvData(str(tmp_path / "tables"), class_names=["cat", "dog"], multi_label=False, num_workers=0)
+    data.setup("test")
+    assert data.samples["test"] == [(tmp_path / "tables" / "b.png", 1)]
+
+
 # Files of any name
 
 @pytest.mark.parametrize("task", RUNS)
@@ -257,7 +329,7 @@ def test_results_are_no_images_of_the_next_prediction(runs, tmp_path):
 
 @pytest.mark.parametrize(("task", "options", "words"), [
     ("classification", ["--tile", "64"], "a classifier sees an image at once"),
-    ("classification", ["--threshold", "0.5"], "leave threshold and crops out"),
+    ("classification", ["--threshold", "0.5"], "leave threshold out"),
     ("segmentation", ["--save-crops"], "leave threshold and crops out"),
     ("detection", ["--tile", "8"], "32 pixels or more"),
 ])

@@ -239,7 +239,8 @@ def _parser() -> argparse.ArgumentParser:
         "- for a list from the standard input"))
     parser.add_argument("--out", metavar="FOLDER", help=(
         "where results go (default: the run folder; 'predictions' for a checkpoint without one)"))
-    parser.add_argument("--threshold", type=float, metavar="SCORE", help="detection: least score of what is written")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help=(
+        "detection: least score of what is written; multi-label classification: of the classes that an image has"))
     parser.add_argument("--tile", type=int, metavar="SIDE", help=(
         "detection and segmentation: look at overlapping square tiles of this side, in pixels, and merge the results"))
     parser.add_argument("--save-crops", action="store_true", help="detection: cut each detection out, by class")

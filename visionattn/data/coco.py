@@ -76,6 +76,8 @@ class CocoData(DetectionData):
         max_pixels: Largest image that is decoded.
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
+        class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
+            the checkpoint, so that the training data need not be there.
 
     Raises:
         FileNotFoundError: A JSON file or folder does not exist.
@@ -106,10 +108,11 @@ class CocoData(DetectionData):
             value_range: Literal["type", "file"] | tuple[float, float] = "type",
             max_pixels: int = MAX_PIXELS,
             min_batches: int = 1,
+            class_names: list[str] | None = None,
     ):
         super().__init__(
             root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
-            on_error, verify, orientation, value_range, max_pixels, min_batches)
+            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names)
         self._folders = {"train": train_images, "val": val_images, "test": test_images or val_images}
         named = {"train": train_annotations, "val": val_annotations, "test": test_annotations}
         self._json = {split: self.root / file for split, file in named.items() if file is not None}
@@ -121,7 +124,9 @@ class CocoData(DetectionData):
             raise FileNotFoundError(
                 f"{self.root} holds no annotations in COCO's format; data.init_args.root must be a folder with "
                 "train.json and train/*.jpg, or say where they are by train_annotations and train_images")
-        self._first = next(split for split in ("val", "train", "test") if split in self._json)
+        found = [split for split in ("val", "train", "test") if split in self._json]
+        # Where the classes are known, files of other splits need not be there.
+        self._first = next((split for split in found if self.known and self._json[split].is_file()), found[0])
         self._contents: dict[str, dict[str, Any]] = {}
         self._categories: dict[str, dict[int, str]] = {}
         self._content(self._first)
@@ -145,6 +150,15 @@ class CocoData(DetectionData):
         first = self._first
         names, file = self._categories[first], self._json[first]
         used = self._used(first)
+        if self.known:
+            self._refuse_unknown(used, file)
+            ids = {name: category for category, name in reversed(names.items())}
+            lacking = next((name for name in self.known if name not in ids), None)
+            if lacking is not None:
+                raise ValueError(f"{file} has no category {lacking!r}, which is one of the classes")
+            self.category_ids = [ids[name] for name in self.known]
+            self.num_classes = len(self.known)
+            return
         # The other files, which may be large, are read now only if it depends on them whether there is a class.
         for split in self._json:
             if split != first and used != set(names.values()) and self._json[split].is_file():

@@ -112,6 +112,7 @@ class DetectionData(LoadedData):
         max_pixels: Largest image that is decoded.
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
+        class_names: The classes in the order of their labels; None takes them from the data.
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
@@ -122,7 +123,8 @@ class DetectionData(LoadedData):
             self, root: str, predict_root: str | None, masks: bool, batch_size: int, num_workers: int, seed: int,
             train_sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None,
             on_error: Literal["raise", "skip"], verify: bool, orientation: Literal["seen", "stored"],
-            value_range: Literal["type", "file"] | tuple[float, float], max_pixels: int, min_batches: int):
+            value_range: Literal["type", "file"] | tuple[float, float], max_pixels: int, min_batches: int,
+            class_names: list[str] | None):
         super().__init__(batch_size, num_workers, seed, min_batches)
         if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
             raise ValueError(f"train_sizes must be one or more lengths in pixels, or null, got {train_sizes}")
@@ -136,11 +138,18 @@ class DetectionData(LoadedData):
         self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter)
         self.collate = collate_detection
         Faults(root, on_error)  # complains about on_error
-        self.class_names: list[str] = []
+        self.known = list(class_names or [])  # with them, training data need not be there
+        self.class_names = list(self.known)
         self.category_ids: list[int] = []
         self.records: dict[str, Records] = {}
         self.outlined = Counter[bool]()  # objects that were read, by whether they have polygons or a mask
         self.report = DataReport("objects")
+
+    def _refuse_unknown(self, names: Iterable[str], source: str | Path) -> None:
+        """Raises a ValueError for a class that is not among those that were given."""
+        unknown = next((name for name in names if name not in self.known), None)
+        if self.known and unknown is not None:
+            raise ValueError(f"{source} has the class {unknown!r}, and the classes are {_shortened(self.known)}")
 
     @abstractmethod
     def _has(self, split: str) -> bool:
@@ -540,6 +549,10 @@ def _apart(edges: tuple[float, float, float, float], extent: list[float]) -> boo
     """Whether a box, by its edges, and another, by left, top, width and height, are more than a pixel apart."""
     left, top, width, height = extent
     return left > edges[2] + 1 or left + width < edges[0] - 1 or top > edges[3] + 1 or top + height < edges[1] - 1
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
 def _folded(name: str) -> str:

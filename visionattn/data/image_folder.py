@@ -59,6 +59,8 @@ class ImageFolderData(ClassificationData):
         in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
             files; see ``visionattn.data.pixels``).
         balanced_sampling: Draw training images so that every class comes equally often.
+        class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
+            the checkpoint, so that the training data need not be there.
 
     Raises:
         FileNotFoundError: ``root`` or ``predict_root`` does not exist.
@@ -94,6 +96,7 @@ class ImageFolderData(ClassificationData):
             min_batches: int = 1,
             in_chans: int = 3,
             balanced_sampling: bool = False,
+            class_names: list[str] | None = None,
     ):
         if on_bad_image not in (None, "error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
@@ -105,15 +108,15 @@ class ImageFolderData(ClassificationData):
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.val_fraction, self.given = val_fraction, bool(classes)
-        self.root, self.folders = _find_splits(Path(root), classes)
+        self.root, self.folders = _find_splits(Path(root), classes, bool(class_names))
         self.classes = {split: _class_folders(folder, classes) for split, folder in self.folders.items()}
-        self.class_names = list(self.classes["train"])
+        self.class_names = class_names or list(self.classes["train"])
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
             raise ValueError(f"{self.folders['train']} has one class only, {self.class_names[0]}: there is nothing to "
                              f"tell apart; expected {self.folders['train']}/<class>/*.jpg with two classes or more")
-        for split in ("val", "test"):
-            if split in self.folders:
+        for split in self.folders:
+            if split != "train" or class_names:
                 self._match_classes(split)
 
     def _list_split(self, split: str) -> None:
@@ -124,6 +127,8 @@ class ImageFolderData(ClassificationData):
             return
         held_out = split != "test" and "val" not in self.folders
         source = "train" if held_out else split
+        if source not in self.folders:
+            raise ValueError(f"{self.root} has no folder {source}, whose images are needed")
         faults = Faults(self.folders[source], self.on_error)
         samples = self._find_samples(source, faults)
         listed = {split: samples}
@@ -173,19 +178,23 @@ class ImageFolderData(ClassificationData):
 
     def _match_classes(self, split: str) -> None:
         """Gives the class folders of a split the names that they have in training."""
-        train = self.folders["train"]
         names = {_folded(name): name for name in self.class_names}
         matched = {}
         for name, path in self.classes[split].items():
             own = name if name in self.class_names else names.get(_folded(name))
             if own is None or own in matched:
-                raise ValueError(f"{path} is a class that {train} does not have; it has {_shorten(self.class_names)}")
+                others = f"{self.folders['train']} does not have; it has" if "train" in self.folders else (
+                    "was not trained; the classes are")
+                raise ValueError(f"{path} is a class that {others} {_shorten(self.class_names)}")
             matched[own] = path
         self.classes[split] = matched
 
 
-def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str, Path]]:
-    """The folder that holds the splits, or the classes, and the folders of the splits; that itself without splits."""
+def _find_splits(root: Path, classes: list[str] | None, known: bool) -> tuple[Path, dict[str, Path]]:
+    """The folder that holds the splits, or the classes, and the folders of the splits; that itself without splits.
+
+    Where the classes are ``known``, training images need not be there.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"image folder {root} does not exist; data.init_args.root must be a folder with "
                                 "train/<class>/*.jpg and val/<class>/*.jpg, or <class>/*.jpg")
@@ -197,6 +206,9 @@ def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str,
         others = [folder.name for folder in folders if folder not in named.values() and _has_images(folder)]
         if "train" in named and visible_folders(named["train"]):
             break
+        if known and any(_has_images(folder) for folder in named.values()):
+            named = {split: folder for split, folder in named.items() if visible_folders(folder)}
+            break
         if named:
             name = next(iter(named.values())).name
             if "train" not in named:
@@ -207,7 +219,7 @@ def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str,
                              f"{_or_classes(name)}")
         filled = [folder for folder in folders if _has_images(folder)]
         if len(filled) != 1 or _has_images_itself(root) or not _filled_folders(filled[0]):
-            return root, {"train": root}
+            return root, {(split_of(root.name, alone=True) if known else None) or "train": root}
         say(f"{root} holds nothing but the folder {filled[0].name}: its content is read.")
         root = filled[0]
     if others:
@@ -215,16 +227,16 @@ def _find_splits(root: Path, classes: list[str] | None) -> tuple[Path, dict[str,
     if "test" in named and not visible_folders(named["test"]):
         say(f"{named['test']} holds no class folders, so that there is nothing to measure there.")
         del named["test"]
-    known = {_folded(folder.name) for folder in visible_folders(named["train"])}
+    names = {_folded(folder.name) for folder in visible_folders(named["train"])} if "train" in named else set()
     for split, folder in named.items():
         inner = _filled_folders(folder)
         while (len(inner) == 1 and not classes and not _has_images_itself(folder) and _filled_folders(inner[0])
-               and (split == "train" or _folded(inner[0].name) not in known)):
+               and (split == "train" or _folded(inner[0].name) not in names)):
             say(f"{folder} holds nothing but the folder {inner[0].name}: its content is read.")
             named[split] = folder = inner[0]
             inner = _filled_folders(folder)
             if split == "train":
-                known = {_folded(entry.name) for entry in inner}
+                names = {_folded(entry.name) for entry in inner}
     return root, named
 
 

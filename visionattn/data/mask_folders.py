@@ -50,7 +50,8 @@ class Names(NamedTuple):
 
 
 def find_folders(
-        root: Path, images: str | None = None, masks: str | None = None) -> dict[str, tuple[Path, Path | None]]:
+        root: Path, images: str | None = None, masks: str | None = None,
+        known: bool = False) -> dict[str, tuple[Path, Path | None]]:
     """Folders of the images and masks of each split: those of ``train`` alone where there are no splits.
 
     The splits may be folders in those of the images and masks, or hold them, or lie side by side (``train``,
@@ -60,6 +61,7 @@ def find_folders(
         root: The folder of all.
         images: The folder of the images in ``root``; None looks for it.
         masks: The folder of the masks.
+        known: The classes are known, so that training images need not be there.
 
     Raises:
         FileNotFoundError: They cannot be found.
@@ -72,14 +74,14 @@ def find_folders(
             for folder in (own, theirs):
                 if not folder.is_dir():
                     raise FileNotFoundError(f"folder {folder} does not exist (image_folder and mask_folder)")
-            return _inner_splits(own, theirs)
+            return _inner_splits(own, theirs, known)
         pair = _by_kind(root, IMAGES), _by_kind(root, MASKS)
         if None not in pair:
-            return _inner_splits(*pair)  # type: ignore[arg-type]
+            return _inner_splits(*pair, known)  # type: ignore[arg-type]
         splits = split_folders(root)
         if splits:
             found = {split: _in_split(root, folder, split) for split, folder in splits.items()}
-            if "train" not in found:
+            if "train" not in found and not known:
                 raise ValueError(f"{root} has a folder {next(iter(splits.values())).name} but no folder train")
             return found
         folders = [folder for folder in visible_folders(root) if any(map(is_image, visible_files(folder)))]
@@ -196,12 +198,12 @@ def _is_picture(file: Path) -> bool:
     return is_image(file) and file.suffix.lower() != ARRAY
 
 
-def _inner_splits(images: Path, masks: Path) -> dict[str, tuple[Path, Path | None]]:
+def _inner_splits(images: Path, masks: Path, known: bool) -> dict[str, tuple[Path, Path | None]]:
     """The splits in the folders of images and masks."""
     own, theirs = split_folders(images), split_folders(masks)
     if not own:
         return {"train": (images, masks)}
-    if "train" not in own:
+    if "train" not in own and not known:
         raise ValueError(f"{images} has a folder {next(iter(own.values())).name} but no folder train")
     return {split: (folder, _found(masks, split, theirs.get(split))) for split, folder in own.items()}
 

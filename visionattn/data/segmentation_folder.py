@@ -179,13 +179,16 @@ class SegmentationFolderData(LoadedData):
         self.image_settings = dict(short_side=short_side, max_size=max_size, decoding=self.decoding._asdict())
         self.names = Names(image_name, mask_name).check()
         if layout == "plain":
-            self.folders = find_folders(self.root, image_folder, mask_folder)
+            self.folders = find_folders(self.root, image_folder, mask_folder, bool(class_names))
         else:
             self.folders = {split: (self.root, self.root) for split in ("train", "val")}
         colored = None if mask_colors is None else color_table(mask_colors, mask_nearest)
         self.mask_values, self.mask_nearest = mask_values or None, mask_nearest
-        if not (class_names or mask_values or mask_colors) and layout == "plain":
-            class_names, self.mask_values = _exported_classes(self.folders["train"][1])
+        if not (mask_values or mask_colors) and layout == "plain":
+            exported, values = _exported_classes(
+                self.folders.get("train", next(iter(self.folders.values())))[1])
+            if class_names in (None, exported):
+                class_names, self.mask_values = exported, values
         self.class_names = class_names or (colored[0] if colored else self._find_class_names())
         self.num_classes = len(self.class_names)
         self.table = colored[1] if colored else self._label_table()
@@ -321,6 +324,8 @@ class SegmentationFolderData(LoadedData):
             return
         held_out = split != "test" and "val" not in splits
         source = "train" if held_out else split
+        if source not in self.folders:
+            raise ValueError(f"{self.root} has no {source} images, which are needed")
         pairs, counts = self._check_pairs(source, self._find_pairs(source, faults), faults)
         faults.report()
         if not pairs:

@@ -83,6 +83,8 @@ class CsvData(ClassificationData):
             files; see ``visionattn.data.pixels``).
         balanced_sampling: Draw training images so that every class comes equally often (of several classes of an image
             the rarest counts).
+        class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
+            the checkpoint, so that the training data need not be there.
 
     Raises:
         FileNotFoundError: ``root``, ``image_folder`` or ``predict_root`` does not exist.
@@ -121,6 +123,7 @@ class CsvData(ClassificationData):
             min_batches: int = 1,
             in_chans: int = 3,
             balanced_sampling: bool = False,
+            class_names: list[str] | None = None,
     ):
         super().__init__(
             root, image_size, batch_size, num_workers, seed, verify, predict_root, scale, hflip, color_jitter,
@@ -130,7 +133,8 @@ class CsvData(ClassificationData):
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.root, self.val_fraction = Path(root), val_fraction
         columns = [label_columns] if isinstance(label_columns, str) else label_columns
-        tables = [_Table(file, split, path_column, columns, split_column) for split, file in _by_split(self.root)]
+        tables = [_Table(file, split, path_column, columns, split_column) for split, file in _by_split(
+            self.root, bool(class_names))]
         for table in tables:
             if not table.labels:
                 say(f"{table.file} has no labels: there is nothing to measure there.")
@@ -151,7 +155,7 @@ class CsvData(ClassificationData):
             say(f"{root} gives images several labels: they are learned as independent of each other (multi-label).")
         names = {name for row in rows if row.split == "train" for name in self._names(row)}
         names |= set(tables[0].one_hot or ())
-        self.class_names = sorted(names, key=_order)
+        self.class_names = class_names or sorted(names, key=_order)
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
             found = f"one class only, {self.class_names[0]}" if names else "no labels"
@@ -165,7 +169,7 @@ class CsvData(ClassificationData):
             self.report.notes.append(f"The classes {' and '.join(map(repr, alike[0]))} differ in their spelling alone.")
         self._rows = {split: [row for row in rows if row.split == split] for split in ("train", "val", "test")}
         self._unplaced = [row for row in rows if row.split not in self._rows]
-        if not self._rows["train"]:
+        if not self._rows["train"] and not class_names:
             raise ValueError(f"{root} lists no training images")
 
     def _list_split(self, split: str) -> None:
@@ -371,10 +375,13 @@ def find_tables(root: Path) -> list[Path]:
     return [file for file in _tables_in(root) if _is_table(file)]
 
 
-def _by_split(root: Path) -> list[tuple[str, Path]]:
-    """The tables with their splits; one that is alone is of the training images where no column says otherwise."""
+def _by_split(root: Path, known: bool) -> list[tuple[str, Path]]:
+    """The tables with their splits; one that is alone is of the training images where no column says otherwise.
+
+    Where the classes are ``known`` there need be no training images, and a table is what its name says.
+    """
     if root.is_file():
-        return [("train", root)]
+        return [((split_of(root.stem, alone=True) if known else None) or "train", root)]
     if not root.is_dir():
         raise FileNotFoundError(f"{root} does not exist; data.init_args.root must be a table of images and labels, or "
                                 "the folder with it")
@@ -384,7 +391,7 @@ def _by_split(root: Path) -> list[tuple[str, Path]]:
     if not files:
         raise ValueError(f"{root} holds no table ({', '.join(ENDINGS)}) of images and labels")
     if len(files) == 1:
-        return [("train", files[0])]
+        return [((split_of(files[0].stem, alone=True) if known else None) or "train", files[0])]
     found: dict[str, Path] = {}
     for file in files:
         split = split_of(file.stem) or (split_of(file.parent.name, alone=True) if file.parent != root else None)
@@ -393,7 +400,7 @@ def _by_split(root: Path) -> list[tuple[str, Path]]:
                              "data.init_args.root to the one that is meant, or move one of them away")
         if split is not None:
             found[split] = file
-    if "train" not in found:
+    if "train" not in found and not (known and found):
         raise ValueError(f"{root} holds several tables, {_shorten([file.name for file in files])}: call them "
                          "train.csv, val.csv and test.csv, or set data.init_args.root to the one that is meant")
     others = [file.name for file in files if file not in found.values()]

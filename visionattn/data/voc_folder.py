@@ -50,6 +50,8 @@ class VocData(DetectionData):
         max_pixels: Largest image that is decoded.
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
+        class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
+            the checkpoint, so that the training data need not be there.
 
     Raises:
         FileNotFoundError: The folder does not exist.
@@ -73,10 +75,11 @@ class VocData(DetectionData):
             value_range: Literal["type", "file"] | tuple[float, float] = "type",
             max_pixels: int = MAX_PIXELS,
             min_batches: int = 1,
+            class_names: list[str] | None = None,
     ):
         super().__init__(
             root, predict_root, False, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
-            on_error, verify, orientation, value_range, max_pixels, min_batches)
+            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root} does not exist; data.init_args.root must be a folder with VOC's XML "
                                     "files, such as Annotations/*.xml and JPEGImages/*.jpg")
@@ -95,6 +98,8 @@ class VocData(DetectionData):
         if not names:
             fault = next((found for found in self._annotations.values() if isinstance(found, str)), None)
             raise ValueError(fault or f"{root} has no object whose class could be taken")
+        self._refuse_unknown(names, root)
+        names = self.known or names
         self.class_names, self.category_ids = names, list(range(1, len(names) + 1))
         self.num_classes = len(names)
 

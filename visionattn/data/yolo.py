@@ -64,6 +64,8 @@ class YoloData(DetectionData):
         max_pixels: Largest image that is decoded.
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
+        class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
+            the checkpoint, so that the training data need not be there.
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
@@ -88,10 +90,11 @@ class YoloData(DetectionData):
             value_range: Literal["type", "file"] | tuple[float, float] = "type",
             max_pixels: int = MAX_PIXELS,
             min_batches: int = 1,
+            class_names: list[str] | None = None,
     ):
         super().__init__(
             root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
-            on_error, verify, orientation, value_range, max_pixels, min_batches)
+            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names)
         if not self.root.exists():
             raise FileNotFoundError(f"{root} does not exist; data.init_args.root must be a folder in YOLO's format, "
                                     "with data.yaml, images and labels")
@@ -110,9 +113,16 @@ class YoloData(DetectionData):
         if not any(self._splits.values()):
             raise ValueError(f"{self.root} holds no images ({EXTENSIONS})")
         names = _names(content, self._config) or self._names_in_files()
+        self._refuse_unknown(names.values(), self._config or self.root)
+        lacking = next((name for name in self.known if name not in names.values()), None)
+        if lacking is not None:
+            raise ValueError(f"{self._config or self.root} has no class {lacking!r}, which is one of the classes")
+        self.category_ids = [next(key for key, name in sorted(names.items()) if name == one) for one in self.known]
         self._labels: dict[int, int] = {}  # of the numbers in the label files
         for index, name in sorted(names.items()):
-            if name in self.class_names:
+            if name in self.known:
+                pass
+            elif name in self.class_names:
                 say(f"{self._config or self.root}: two classes are called {name!r}: they are one class.")
             else:
                 self.category_ids.append(index)
@@ -222,8 +232,8 @@ class YoloData(DetectionData):
                 files: dict[Path, None] = {}
                 for place in value if isinstance(value, list) else [value]:
                     path = self._place(str(place))
-                    if path is None and split == "test":
-                        say(f"{self._config}: {place} does not exist ({key}): there are no test images.")
+                    if path is None and (split == "test" or self.known):
+                        say(f"{self._config}: {place} does not exist ({key}): there are no {split} images.")
                     elif path is None:
                         raise FileNotFoundError(f"{self._config}: {place} does not exist ({key}); it is looked for in "
                                                 f"{self.root}")
@@ -236,7 +246,7 @@ class YoloData(DetectionData):
                 if split:
                     splits[split] = self._images_of(file, split)
         for split in ("train", "val"):
-            if split in splits and not splits[split]:
+            if split in splits and not splits[split] and not self.known:
                 raise ValueError(f"{self._config or self.root}: there are no images for {split} ({EXTENSIONS})")
         return splits
 
@@ -274,7 +284,7 @@ class YoloData(DetectionData):
         for file in walk(self.root, ENDINGS):
             found.setdefault(split_of_path(file, self.root) or "", []).append(file)
         rest = found.pop("", [])
-        if "train" not in found and not rest and found:
+        if "train" not in found and not rest and found and not self.known:
             raise ValueError(f"{self.root} has images for {' and '.join(found)}, but none to train on")
         if "train" not in found:
             found["train"] = rest

@@ -237,11 +237,14 @@ class ClassificationTask(Task):
     def open_results(
             self, folder: Path, threshold: float | None = None, crops: bool = False,
             first: bool = True) -> ClassificationResults:
-        """Begins ``predictions.csv`` and ``pictures``; there is neither a threshold nor anything to cut out."""
-        if threshold is not None or crops:
-            raise ValueError("a classifier gives every image its most probable class: leave threshold and crops out")
+        """Begins ``predictions.csv`` and ``pictures``; a threshold is for multi-label classes, for all of them."""
+        if crops:
+            raise ValueError("a classifier finds nothing to cut out: leave crops out")
         if self.args.multi_label:
-            return MultilabelResults(folder, self.names, self.thresholds, first)
+            thresholds = self.thresholds if threshold is None else [threshold] * len(self.names)
+            return MultilabelResults(folder, self.names, thresholds, first)
+        if threshold is not None:
+            raise ValueError("a classifier gives every image its most probable class: leave threshold out")
         return ClassificationResults(folder, self.names, first)
 
     def predict_step(self, batch: tuple[Tensor, list[str]]) -> Tensor:

@@ -387,7 +387,7 @@ def _is_ours_by_head(file: Path) -> bool:
     with file.open("rb") as opened:
         head = opened.read(200).lstrip()
     if file.suffix == ".csv":
-        return not head or head.startswith(b"file,class")
+        return not head or head.startswith((b"file,class,probability", b"file,labels"))
     ours = rb'\[\s*(\]|\{"image_id")|\{"info": \{"description": "predictions of visionattn"'
     return not head or bool(re.match(ours, head))
 

@@ -33,7 +33,7 @@ from ..data.report import DataReport, say
 from ..recipes import with_recipes
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
-from .run_folder import moved_run, relocated, with_run_folders
+from .run_folder import moved_run, relocated, with_run, with_run_folders
 from .saving import WholeFiles, is_full
 from .story import EpochLines, OneBar, figures
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
             exit code, 130 or 143.
     """
     _silence()
-    argv = with_run_folders(with_recipes(argv))
+    argv = with_run_folders(with_recipes(with_run(argv)))
     try:
         _RunCLI(
             pl.LightningModule, pl.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
@@ -125,6 +125,8 @@ class _RunCLI(LightningCLI):
             if moved and moved.now == run:
                 config.trainer = relocated(config.trainer, moved)
         self._ckpt_path = _find_checkpoint(str(self.subcommand), config.ckpt_path, run, config.model.init_args)
+        if self.subcommand != "fit" and self._ckpt_path:
+            _take_classes(self._ckpt_path, config.data.get("init_args"))
         config.ckpt_path = None  # config.yaml describes the run, not how it was resumed
         self._classes = {name: config.model.init_args.get(name) for name in FROM_DATA}
         self._config_to_save = self.config.clone()
@@ -325,6 +327,14 @@ def _find_checkpoint(command: str, wanted: str | None, run: Path, model_args: An
         return None
     raise ValueError(f"there is nothing to {command}: {path} does not exist; give --ckpt_path, or set the model's "
                      "pretrained or checkpoint_path")
+
+
+def _take_classes(path: str, data_args: Any) -> None:
+    """Sets what the data would take from training images, which need not be there, to what a run was trained on."""
+    _, saved = read_checkpoint(path)
+    for key in ("class_names", "multi_label"):
+        if saved and data_args and saved.get(key) is not None and data_args.get(key, "not taken") is None:
+            data_args[key] = saved[key]
 
 
 def _check_checkpoint(path: str, model: pl.LightningModule) -> None:

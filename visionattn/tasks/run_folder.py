@@ -12,7 +12,7 @@ from ..data.digits import MEAN, STD
 from ..data.pixels import Decoding
 from ..data.report import say
 
-__all__ = ["Moved", "Run", "find_run", "moved_run", "relocated", "with_run_folders"]
+__all__ = ["Moved", "Run", "find_run", "moved_run", "relocated", "with_run", "with_run_folders"]
 
 _SETTINGS = ("image_size", "interpolation", "crop_pct", "mean", "std", "short_side", "max_size")  # of data modules
 
@@ -42,6 +42,26 @@ def moved_run(file: Path) -> Moved | None:
     if not isinstance(before, str) or run.resolve().is_relative_to(Path(before).resolve()):
         return None
     return Moved(before, run)
+
+
+def with_run(argv: list[str]) -> list[str]:
+    """The arguments where ``test RUN [DATA] ...`` (or ``validate``) stands for the run's configuration and checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such run.
+        ValueError: A checkpoint has no configuration beside it.
+    """
+    command, *rest = argv
+    if command not in ("test", "validate") or not rest or rest[0].startswith("-"):
+        return argv
+    run, rest = find_run(rest[0]), rest[1:]
+    if run.folder is None:
+        raise ValueError(f"{run.checkpoint} has no config.yaml of its run beside it, which says how to {command}")
+    arguments = ["--config", str(run.folder / "config.yaml"), "--trainer.default_root_dir", str(run.folder),
+                 "--ckpt_path", str(run.checkpoint)]
+    if rest and not rest[0].startswith("-"):
+        arguments += ["--data.init_args.root", rest.pop(0)]
+    return [command, *arguments, *rest]
 
 
 def with_run_folders(argv: list[str]) -> list[str]:
