@@ -26,7 +26,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo-installed: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[export,plot]"
+	$(BIN)/python -m pip install --quiet -e ".[export]"
 	touch $@
 
 $(VENV)/.dev-installed: $(BIN)/python pyproject.toml

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from .layers import BiLevelRoutingAttention
@@ -81,13 +83,7 @@ def draw_routes(
 
     Raises:
         ValueError: The model has no such layer.
-        ModuleNotFoundError: matplotlib, of the ``plot`` extra, is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'visionattn[plot]'") from None
     routes = find_routes(model, images, layer)
     (rows, columns), (height, width) = routes.grid, routes.region
     pixels = images.cpu() * torch.as_tensor(std).view(-1, 1, 1) + torch.as_tensor(mean).view(-1, 1, 1)

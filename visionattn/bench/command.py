@@ -119,8 +119,6 @@ def _print_benchmark(args: argparse.Namespace, parser: argparse.ArgumentParser) 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     out = args.out or Path("results") / f"ops_{args.device}.csv"
-    if args.plot:
-        import matplotlib  # noqa: F401  before hours of measuring
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     dtype = getattr(torch, args.dtype)

@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..ops import cases
 from .timing import DIRECTIONS
 
@@ -24,8 +26,6 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> Path:
     Raises:
         ValueError: None of the scaling cases was measured.
     """
-    from matplotlib.figure import Figure
-
     examples = cases("neighborhood_attention")
     rows = [row for row in rows if row["op"] == "neighborhood" and row["median_ms"]
             and "scaling" in examples[row["case"]].groups]

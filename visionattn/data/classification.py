@@ -223,6 +223,9 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def file_name(self, index: int) -> str:
+        return str(self.samples[index][0])
+
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         file, label = self.samples[index]
         if self.several is not None:

@@ -97,10 +97,13 @@ class _Digits(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def file_name(self, item: int) -> str:
+        return f"digit_{self.indices[item]:04d}"
+
     def __getitem__(self, item: int) -> tuple[Tensor, int | str]:
         index = self.indices[item]
         image = self.images[index]
         if self.augment is not None:
             image = self.augment(image)
-        label = f"digit_{index:04d}" if self.named else int(self.labels[index])
+        label = self.file_name(item) if self.named else int(self.labels[index])
         return image.expand(self.in_chans, -1, -1), label

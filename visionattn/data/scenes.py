@@ -134,9 +134,12 @@ class _Scenes(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def file_name(self, index: int) -> str:
+        return f"scene_{index:05d}"
+
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         scene = self._compose(np.random.default_rng([*self.entropy, index]))
-        name, size = f"scene_{index:05d}", torch.tensor([self.image_size, self.image_size])
+        name, size = self.file_name(index), torch.tensor([self.image_size, self.image_size])
         if self.task == "segmentation":
             if not self.annotated:
                 return scene.image, name, size

@@ -481,6 +481,9 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def file_name(self, index: int) -> str:
+        return str(self.pairs[index].image)
+
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         pair = self.pairs[index]
         photo = read_image(pair.image, HINT, self.reading[1])

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from .findings import Findings, Mistakes
 from .results import Results
 
 __all__ = ["Task", "check_arguments"]
@@ -75,6 +76,19 @@ class Task(pl.LightningModule):
             ValueError: The task has no such results.
         """
 
+    def on_test_start(self) -> None:
+        """Begins to look for the worst mistakes."""
+        self.mistakes, self._tested = Mistakes(), 0
+
+    def test_files(self, count: int) -> list[str]:
+        """Names of the next ``count`` images of the test; empty where the data set has no ``file_name(index)``."""
+        dataset: Any = getattr(self.trainer.test_dataloaders, "dataset", None)
+        places = range(self._tested, self._tested + count)  # of this process, to which every n-th image is dealt
+        self._tested += count
+        if not hasattr(dataset, "file_name"):
+            return [""] * count
+        return [str(dataset.file_name(place * self.trainer.world_size + self.global_rank)) for place in places]
+
     def on_predict_start(self) -> None:
         """Removes the results of an earlier prediction from the run folder: they may be of other images."""
         self.results = self.open_results(Path(self.trainer.default_root_dir), first=self.trainer.is_global_zero)
@@ -113,6 +127,12 @@ class Task(pl.LightningModule):
             path = Path(self.trainer.default_root_dir, "test_metrics.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(metrics, indent=2) + "\n")
+
+    def write_findings(self, findings: Findings) -> None:
+        """Writes the files that show what a test found, with the worst mistakes of all processes."""
+        worst = Mistakes.worst(self.of_all_processes(findings.mistakes.take() if findings.mistakes else []))
+        if self.trainer.is_global_zero:
+            findings.write(Path(self.trainer.default_root_dir), worst)
 
 
 class _MovingAverage:

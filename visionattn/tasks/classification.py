@@ -1,5 +1,6 @@
 """Image classification, of one class or several: any timm backbone, soft targets, AdamW with a cosine schedule."""
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from ..data.report import say
 from ..layers import auxiliary_losses
 from ..weights import check_name, fitting, read_checkpoint, timm_model
 from .base import Task, check_arguments
+from .calibration import SingleLabelCounts
+from .charts import Tile
+from .findings import Findings, class_rows, thumbnail
 from .freezing import Freezing
 from .multilabel import MultilabelScores, average_precisions, best_thresholds, threshold_scores
 from .optim import adamw, cosine_with_warmup
@@ -126,6 +130,7 @@ class ClassificationTask(Task):
             self.monitor = "val/map"
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.num_tested = SumMetric()
+        self.counts = SingleLabelCounts(num_classes)
         self._predictions: list[list[Any]] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -166,13 +171,15 @@ class ClassificationTask(Task):
                 parameter.grad = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the thresholds of multi-label classes."""
+        """Keeps the temperature, or the thresholds of multi-label classes."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["_temperature"] = self.counts.temperature
         if self.args.multi_label:
             checkpoint["hyper_parameters"]["_thresholds"] = self.thresholds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them from there."""
+        self.counts.temperature = checkpoint["hyper_parameters"].get("_temperature")
         self.thresholds = checkpoint["hyper_parameters"].get("_thresholds") or self.thresholds
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -202,10 +209,13 @@ class ClassificationTask(Task):
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """Adds one batch to the validation metrics."""
-        self._evaluate("val", self.val_metrics, self.val_loss, *batch)
+        logits = self._evaluate("val", self.val_metrics, self.val_loss, *batch)
+        if not self.args.multi_label and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.counts.validate(logits, batch[1], self.trainer.world_size * sum(self.trainer.num_val_batches))
 
     def on_validation_epoch_end(self) -> None:
-        """Of multi-label images: chooses the thresholds and logs the metrics."""
+        """Fits the temperature; of multi-label images chooses the thresholds and logs the metrics."""
+        self.counts.fit(self.of_all_processes(self.counts.take_validated()))
         if self.args.multi_label:
             scores, labels = self.val_scores.compute()
             if self.trainer.state.fn == "fit":
@@ -213,12 +223,24 @@ class ClassificationTask(Task):
             self._log_scores("val", self.val_scores)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Adds one batch to the test metrics."""
-        self._evaluate("test", self.test_metrics, self.test_loss, *batch)
-        self.num_tested.update(len(batch[0]))
+        """Adds one batch to the test metrics and findings."""
+        images, labels = batch
+        logits = self._evaluate("test", self.test_metrics, self.test_loss, *batch)
+        self.num_tested.update(len(images))
+        files = self.test_files(len(images))
+        if self.args.multi_label:
+            self._add_mistakes(images, logits.sigmoid(), labels.bool(), files)
+            return
+        self.counts.update(logits, labels)
+        shares, guesses = logits.softmax(dim=1).max(dim=1)
+        for image, share, label, guess, file in zip(
+                images, shares.tolist(), labels.tolist(), guesses.tolist(), files, strict=True):
+            if label != guess:
+                text = f"true: {self.names[label]}\npredicted: {self.names[guess]} ({share:.1%})"
+                self.mistakes.add(share, partial(self._tile, image, text, file))
 
     def on_test_epoch_end(self) -> None:
-        """Writes ``test_metrics.json`` into the run folder."""
+        """Writes ``test_metrics.json`` and what was found into the run folder."""
         metrics: dict[str, Any]
         if self.args.multi_label:
             metrics = self._log_scores("test", self.test_scores)
@@ -232,7 +254,18 @@ class ClassificationTask(Task):
             "backbone": self.args.backbone,
         }
         self.num_tested.reset()
+        worst = "The predictions of the test that are wrong and most sure"
+        if self.args.multi_label:
+            rows = [{"class": name, **found} for name, found in metrics["per_class"].items()]
+            findings = Findings(self.names, classes=rows, mistakes=self.mistakes, worst=worst)
+        else:
+            calibration, confusion, bins = self.counts.compute()
+            metrics |= calibration
+            rows = [] if confusion is None else class_rows(self.names, confusion, "images")
+            findings = Findings(
+                self.names, confusion, "Test images by class", rows, self.mistakes, worst, bins)
         self.write_test_metrics(metrics)
+        self.write_findings(findings)
 
     def open_results(
             self, folder: Path, threshold: float | None = None, crops: bool = False,
@@ -273,19 +306,34 @@ class ClassificationTask(Task):
             rank_zero_info(self.results.close())
 
     def _evaluate(
-            self, split: str, metrics: MetricCollection, loss: MeanMetric, images: Tensor, labels: Tensor) -> None:
-        self._check_labels(labels)
+            self, split: str, metrics: MetricCollection, loss: MeanMetric, images: Tensor, labels: Tensor) -> Tensor:
         logits = self(images)
         if self.args.multi_label:
             loss.update(binary_cross_entropy_with_logits(logits, labels.float()), weight=len(labels))
             (self.val_scores if split == "val" else self.test_scores).update(logits.sigmoid(), labels)
             self.log(f"{split}/loss", loss)
-            return
+            return logits
         loss.update(cross_entropy(logits, labels), weight=len(labels))
         metrics.update(logits, labels)
         self.log_dict(metrics)
         self.log(f"{split}/loss", loss)
+        return logits
 
+    def _add_mistakes(self, images: Tensor, scores: Tensor, labels: Tensor, files: list[str]) -> None:
+        """Looks for the worst of a batch of multi-label images, by the class that is most surely wrong."""
+        wrong = (scores >= torch.tensor(self.thresholds, device=scores.device)) != labels
+        distance = (scores - labels.float()).abs() * wrong
+        for index in wrong.any(dim=1).nonzero()[:, 0].tolist():
+            classes = distance[index].argsort(descending=True)[:int(wrong[index].sum())].tolist()
+            lines = [f"{'missed' if labels[index, label] else 'false'}: {self.names[label]} "
+                     f"({scores[index, label]:.1%})" for label in classes[:2]]
+            self.mistakes.add(distance[index].max().item(), partial(
+                self._tile, images[index], "\n".join(lines), files[index]))
+
+    def _tile(self, image: Tensor, text: str, file: str) -> Tile:
+        """An image on the sheet of mistakes."""
+        normalisation = getattr(getattr(self.trainer, "datamodule", None), "normalisation", None)
+        return Tile(thumbnail(image, normalisation), f"{text}\n{Path(file).name}".rstrip())
 
     def _training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.args.label_smoothing

@@ -1,6 +1,7 @@
 """Object detection and instance masks: any backbone under torchvision's detectors, measured by COCO's AP."""
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from ..dense import DenseBackbone
 from ..heads.detector import build_detector
 from ..layers.auxiliary import auxiliary_losses
 from .base import Task, check_arguments
+from .findings import Findings, Sums, class_rows
+from .matching import MATCHED, match_objects
 from .optim import adamw, cosine_with_warmup, steps_with_warmup
 from .pictures import patches, to_picture
 from .results import DetectionResults
@@ -124,7 +127,8 @@ class DetectionTask(Task):
         self.model = build_detector(
             detector, body, num_classes, strides, fpn_channels, anchor_scale, min_size=min_size, max_size=max_size,
             **detector_args or {})
-        self.val_map, self.test_map = self._average_precision(False), self._average_precision(class_metrics)
+        self.val_map, self.test_map = self._average_precision(False), self._average_precision(True)
+        self.test_matrix = Sums(num_classes + 1, num_classes + 1)
         self.num_tested = SumMetric()
         self._predictions: list[dict[str, Any]] = []
 
@@ -172,13 +176,28 @@ class DetectionTask(Task):
         self._log("val", self.val_map)
 
     def test_step(self, batch: Batch) -> None:
-        """Adds one batch to the test metrics."""
-        self._evaluate(self.test_map, *batch)
-        self.num_tested.update(len(batch[0]))
+        """Adds one batch to the test metrics and findings."""
+        images, targets = batch
+        self.num_tested.update(len(images))
+        names = self.names
+        for image, target, found, truth in zip(images, targets, *self._evaluate(self.test_map, *batch), strict=True):
+            matched = match_objects(found, truth, self.args.picture_score)
+            self.test_matrix.update(matched.counts(self.args.num_classes))
+            if matched.errors():
+                self.mistakes.add(matched.errors(), partial(matched.tile, image, target, names))
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test metrics and writes ``test_metrics.json`` into the run folder."""
-        metrics: dict[str, Any] = self._log("test", self.test_map)
+        """Logs the test metrics; writes ``test_metrics.json`` and what was found into the run folder."""
+        metrics, precisions = self._log("test", self.test_map)
+        names, confusion = self.names, self.test_matrix.compute().cpu().numpy()
+        self.test_matrix.reset()
+        classes = [row | {f"{kind}_ap": values[label] for kind, values in precisions.items()}
+                   for label, row in enumerate(class_rows(names, confusion, "objects"))]
+        self.write_findings(Findings(
+            [*names, "background"], confusion, f"Test objects by class, at IoU {MATCHED} and score "
+            f"{self.args.picture_score} (background: missed on the right, false below)", classes, self.mistakes,
+            f"The test images with most mistakes, at IoU {MATCHED} and score {self.args.picture_score}"
+            " (green: found, red: missed, orange: false)"))
         self.write_test_metrics(metrics | {
             "num_images": int(self.num_tested.compute()),
             "num_classes": self.args.num_classes,
@@ -247,9 +266,9 @@ class DetectionTask(Task):
         return [{key: value.cpu() if isinstance(value, Tensor) else value for key, value in one.items()}
                 for one in found]
 
-    def _average_precision(self, class_metrics: bool) -> MeanAveragePrecision:
+    def _average_precision(self, of_classes: bool) -> MeanAveragePrecision:
         kinds: Any = ("bbox", "segm") if self.args.detector == "mask_rcnn" else ("bbox",)
-        metric = _AveragePrecision(iou_type=kinds, class_metrics=class_metrics)
+        metric = _AveragePrecision(iou_type=kinds, extended_summary=of_classes)
         metric.warn_on_many_detections = False
         return metric
 
@@ -266,30 +285,45 @@ class DetectionTask(Task):
         return [_to_file(image, target, detections)
                 for image, target, detections in zip(images, targets, self(images), strict=True)]
 
-    def _evaluate(self, metric: MeanAveragePrecision, images: list[Tensor], targets: list[dict[str, Any]]) -> None:
+    def _evaluate(
+            self, metric: MeanAveragePrecision, images: list[Tensor], targets: list[dict[str, Any]],
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Adds one batch to a metric; returns what was detected and the truth, in pixels of the files."""
         self._check_masks(targets)
         truth = [_to_file(image, target, target) for image, target in zip(images, targets, strict=True)]
-        metric.update(self._detect(images, targets), truth)
+        found = self._detect(images, targets)
+        metric.update(found, truth)
+        return found, truth
 
-    def _log(self, split: str, metric: MeanAveragePrecision) -> dict[str, Any]:
-        """Logs and resets the metrics of ``split``; returns them, None for what has no objects to measure."""
+    def _log(self, split: str, metric: MeanAveragePrecision) -> tuple[dict[str, Any], dict[str, list[float | None]]]:
+        """Logs and resets the metrics of ``split``.
+
+        Returns:
+            The metrics, None for what has no objects to measure; and of a test the average precision of each class, by
+            ``box`` and ``mask``.
+        """
         results = metric.compute()
         metric.reset()
+        precisions: dict[str, list[float | None]] = {}
         metrics: dict[str, Any] = {}
         kinds = {"box": "bbox_", "mask": "segm_"} if self.args.detector == "mask_rcnn" else {"box": ""}
         for prefix, kind in kinds.items():  # kind: torchmetrics' prefix, which it omits where there is one kind
             for key in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100"):
                 value = round(results[f"{kind}{key}"].item(), 6)
                 metrics[f"{prefix}_{key}"] = None if value < 0 else value
-            if metric.class_metrics:
-                values = results[f"{kind}map_per_class"].reshape(-1).tolist()
-                labels = results["classes"].reshape(-1).tolist()
-                metrics[f"{prefix}_map_per_class"] = {
-                    self.names[label - 1]: None if value < 0 else round(value, 6)
-                    for label, value in zip(labels, values, strict=True)}
+            if metric.extended_summary:
+                precisions[prefix] = [None] * self.args.num_classes
+                for place, label in enumerate(results["classes"].reshape(-1).tolist()):
+                    values = results[f"{kind}precision"][:, :, place, 0, -1]  # of objects of any size
+                    known = values[values > -1]
+                    precisions[prefix][label - 1] = round(known.mean().item(), 6) if len(known) else None
+                if self.args.class_metrics:
+                    metrics[f"{prefix}_map_per_class"] = {
+                        name: value for name, value in zip(self.names, precisions[prefix], strict=True)
+                        if value is not None}
         logged = [key for key in metrics if key.endswith(("_map", "_map_50", "_map_75"))]
         self.log_dict({f"{split}/{key}": metrics[key] or 0.0 for key in logged})
-        return metrics
+        return metrics, precisions
 
 
 class _AveragePrecision(MeanAveragePrecision):

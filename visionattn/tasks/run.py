@@ -36,6 +36,7 @@ from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 from .run_folder import moved_run, relocated, with_run, with_run_folders
 from .saving import WholeFiles, is_full
 from .story import EpochLines, OneBar, figures
+from .summary import add_test, draw_run, summarise, write_readme
 
 __all__ = ["main"]
 
@@ -85,6 +86,7 @@ class _RunCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self._trained = False
+        self._test_started: float | None = None
         try:
             super()._run_subcommand(subcommand)
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -173,19 +175,38 @@ class _RunCLI(LightningCLI):
 
     def before_test(self) -> None:
         self._show_data("test")
+        self._test_started = time.monotonic()
 
     def after_test(self) -> None:
         self._say_metrics("Test", self._ckpt_path)
         self._say_left_out()
+        self._tidy(self._ckpt_path)
 
     def after_predict(self) -> None:
         self._say_left_out()
+        self._tidy()
 
     def after_fit(self) -> None:
         self._trained = True
-        if self._ends_with_test():
-            self._test()
+        trainer, model = self.trainer, self.model
+        run = Path(trainer.default_root_dir)
+        if _is_first_process() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            run.mkdir(parents=True, exist_ok=True)
+            summarise(run, trainer, model, self.datamodule, self.lines)
+            draw_run(run, getattr(model, "monitor", None), self.lines.best_epoch)
+        tested = self._test() if self._ends_with_test() else None
         self._say_left_out()
+        self._tidy(tested)
+        if _is_first_process() and (run / "README.txt").is_file():
+            print(f"What is in {run} is listed in {run / 'README.txt'}", flush=True)
+
+    def _tidy(self, tested: str | None = None) -> None:
+        """Brings the summary and the list of the run's files up to date."""
+        run = Path(self.trainer.default_root_dir)
+        if _is_first_process() and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if self._test_started is not None:
+                add_test(run, time.monotonic() - self._test_started, tested)
+            write_readme(run)
 
     def _show_data(self, *stages: str) -> None:
         """Reads the data that the stages need and says what they are."""
@@ -215,8 +236,8 @@ class _RunCLI(LightningCLI):
             report.write(path)
         return path
 
-    def _test(self) -> None:
-        """Tests what ``visionattn test`` would test: the best checkpoint, or the last where there is no best one."""
+    def _test(self) -> str | None:
+        """Tests what ``visionattn test`` would test, the best checkpoint or else the last, and returns it."""
         trainer: Any = self.trainer  # some of its attributes are set out of sight of type checkers
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         kept = [Path(trainer.default_root_dir, "checkpoints", f"{name}.ckpt") for name in ("best", "last")]
@@ -224,14 +245,16 @@ class _RunCLI(LightningCLI):
                     None)
         if path is None:
             rank_zero_info("No checkpoint was kept: there is nothing to test")
-            return
+            return None
         # metrics.csv stays that of the training; an average of the weights, when a checkpoint is loaded, would put the
         # raw weights in place of the average that the checkpoint holds.
         trainer.loggers = []
         trainer.callbacks = [callback for callback in trainer.callbacks
                              if not isinstance(callback, (ModelCheckpoint, WeightAveraging, EpochLines))]
+        self._test_started = time.monotonic()
         trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(path), verbose=False)
         self._say_metrics("Test", str(path))
+        return str(path)
 
     def _say_metrics(self, what: str, checkpoint: str | None) -> None:
         """Says what a test or a validation measured."""

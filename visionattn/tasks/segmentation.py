@@ -1,21 +1,28 @@
 """Semantic segmentation: any hierarchical backbone with UPerNet or Semantic FPN, measured by mean IoU."""
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from ..data.masks import voc_colors
 from ..dense import DenseBackbone
 from ..heads.blocks import resize
 from ..heads.segmenter import Segmenter, multi_scale, sliding_window
 from ..layers.auxiliary import auxiliary_losses
 from .base import Task, check_arguments
+from .charts import Tile
+from .findings import Findings, class_rows, thumbnail
 from .losses import SegmentationLoss
 from .optim import adamw, cosine_with_warmup, poly_with_warmup
 from .pictures import to_picture
@@ -198,24 +205,39 @@ class SegmentationTask(Task):
         self._log("val", self.val_matrix, self.val_loss)
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Adds one batch to the test metrics."""
-        self._evaluate(self.test_matrix, self.test_loss, *batch, testing=True)
-        self.num_tested.update(len(batch[0]))
+        """Adds one batch to the test metrics and findings."""
+        images, labels = batch
+        guesses = self._evaluate(self.test_matrix, self.test_loss, *batch, testing=True)
+        self.num_tested.update(len(images))
+        for image, truth, guess, file in zip(images, labels, guesses, self.test_files(len(images)), strict=True):
+            counts = multiclass_confusion_matrix(
+                guess[None], truth[None], self.args.num_classes, ignore_index=self.args.ignore_index,
+                validate_args=False)
+            value = _iou(counts.double()).nanmean().item()
+            if value < 1:  # of the classes that occur in the image or the prediction
+                self.mistakes.add(1 - value, partial(_tile, image, truth, guess, file, value, self.args.ignore_index))
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test metrics and writes ``test_metrics.json`` into the run folder."""
-        iou, metrics = self._log("test", self.test_matrix, self.test_loss)
+        """Logs the test metrics; writes ``test_metrics.json`` and what was found into the run folder."""
+        counts, metrics = self._log("test", self.test_matrix, self.test_loss)
+        iou, confusion = _iou(counts), counts.long().numpy()
+        names = self.names
         # A class that occurs neither in the labels nor in the prediction has no IoU.
         per_class = [None if value.isnan() else round(value.item(), 6) for value in iou]
         self.write_test_metrics({
             key: None if math.isnan(value) else round(value, 6) for key, value in metrics.items()} | {
-            "iou": dict(zip(self.names, per_class, strict=True)),
+            "iou": dict(zip(names, per_class, strict=True)),
             "num_images": int(self.num_tested.compute()),
             "num_classes": self.args.num_classes,
             "backbone": self.args.backbone,
             "head": self.args.head,
         })
         self.num_tested.reset()
+        classes = [row | {"iou": value} for row, value in zip(
+            class_rows(names, confusion, "pixels"), per_class, strict=True)]
+        self.write_findings(Findings(
+            names, confusion, "Test pixels by class", classes, self.mistakes,
+            "The test images with the lowest mean IoU: the image, the truth, the prediction"))
 
     def open_results(
             self, folder: Path, threshold: float | None = None, crops: bool = False,
@@ -240,18 +262,20 @@ class SegmentationTask(Task):
         rank_zero_info(self.results.close())
 
     def _evaluate(
-            self, matrix: Metric, loss: MeanMetric, images: Tensor, labels: Tensor, testing: bool = False) -> None:
+            self, matrix: Metric, loss: MeanMetric, images: Tensor, labels: Tensor, testing: bool = False) -> Tensor:
+        """Adds one batch to the metrics and returns the predicted labels."""
         _check_labels(labels)
         logits = self.infer(images, labels.shape[-2:], testing)
-        matrix.update(logits.argmax(dim=1), labels)
+        guesses = logits.argmax(dim=1)
+        matrix.update(guesses, labels)
         for one, truth in zip(logits.split(1), labels.split(1), strict=True):  # so that batches do not matter
             loss.update(self.loss(one, truth))
+        return guesses
 
     def _log(self, split: str, matrix: Metric, loss: MeanMetric) -> tuple[Tensor, dict[str, float]]:
-        """Logs and resets the metrics of ``split``; returns the IoU of each class, and what was logged."""
+        """Logs and resets the metrics of ``split``; returns the confusion matrix, and what was logged."""
         counts = matrix.compute().cpu().double()
-        hits = counts.diagonal()
-        iou = hits / (counts.sum(0) + counts.sum(1) - hits)
+        hits, iou = counts.diagonal(), _iou(counts)
         metrics = {
             # Where there is one class alone, in the labels and the prediction, nothing was told apart.
             "miou": iou.nanmean().item() if iou.isfinite().sum() > 1 else math.nan,
@@ -261,7 +285,27 @@ class SegmentationTask(Task):
         matrix.reset()
         loss.reset()
         self.log_dict({f"{split}/{key}": value for key, value in metrics.items()}, sync_dist=True)
-        return iou, metrics
+        return counts, metrics
+
+
+def _iou(counts: Tensor) -> Tensor:
+    """Intersection over union of each class by the confusion matrix; NaN for a class that does not occur."""
+    hits = counts.diagonal()
+    return hits / (counts.sum(0) + counts.sum(1) - hits)
+
+
+def _tile(image: Tensor, truth: Tensor, guess: Tensor, file: str, iou: float, ignored: int) -> Tile:
+    """An image on the sheet of mistakes beside its label maps; pixels that do not count are white."""
+    photo = thumbnail(image)
+    colors = torch.tensor(voc_colors(), dtype=torch.uint8)
+    maps = []
+    for labels in (truth, guess):
+        small = interpolate(labels[None, None].float(), size=photo.shape[:2], mode="nearest")[0, 0].long().cpu()
+        picture = colors[small.clamp(0, len(colors) - 1)]
+        picture[small == ignored] = 255
+        maps.append(picture.numpy())
+    gap = np.full((photo.shape[0], 4, 3), 255, dtype=np.uint8)
+    return Tile(np.concatenate([photo, gap, maps[0], gap, maps[1]], axis=1), f"mean IoU {iou:.3f}  {Path(file).name}")
 
 
 def _check_labels(labels: Any) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["EpochLines", "OneBar", "duration", "figures"]
+__all__ = ["EpochLines", "OneBar", "device_name", "duration", "figures"]
 
 
 class EpochLines(pl.Callback):
@@ -55,7 +55,7 @@ class EpochLines(pl.Callback):
         last = _last_epoch(trainer)
         goal = f"{last} epochs" if last else "without an end"
         resumed = f", from epoch {trainer.current_epoch + 1} on" if trainer.current_epoch else ""
-        _say(trainer, f"Training {name} ({total:,} parameters, {share}) on {devices}{_device(pl_module.device)}: "
+        _say(trainer, f"Training {name} ({total:,} parameters, {share}) on {devices}{device_name(pl_module.device)}: "
                       f"{goal} of {trainer.num_training_batches} batches{resumed}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,6 +153,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def device_name(device: torch.device) -> str:
+    """Name of a graphics card, or ``CPU``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 def _say(trainer: pl.Trainer, text: str) -> None:
     """Prints a line in the first process, over the progress bar if there is one."""
     if trainer.is_global_zero:
@@ -169,10 +174,6 @@ def _last_epoch(trainer: pl.Trainer) -> int | None:
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         planned.append(math.ceil(trainer.max_steps / steps))
     return min(planned, default=None)
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def _length(batch: Any) -> int:
