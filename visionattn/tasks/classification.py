@@ -180,6 +180,7 @@ class ClassificationTask(Task):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them from there."""
         self.counts.temperature = checkpoint["hyper_parameters"].get("_temperature")
+        super().on_load_checkpoint(checkpoint)
         self.thresholds = checkpoint["hyper_parameters"].get("_thresholds") or self.thresholds
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
