@@ -10,7 +10,7 @@ from typing import Any, Literal
 import timm
 from lightning.pytorch.utilities import rank_zero_info
 from timm.layers import LayerNorm2d
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -68,7 +68,9 @@ class DenseBackbone(nn.Module):
         self.name, self.frozen_norms = name, frozen_norms
         family = _family(name)
         settings = family.dense_settings(name, task)
-        self.model, self.any_size, self.whole_patches = _create(name, pretrained, settings | (model_args or {}))
+        args = settings | (model_args or {})
+        self.in_chans = args.get("in_chans", 3)
+        self.model, self.any_size, self.whole_patches = _create(name, pretrained, args)
 
         stages = _stages(self.model)
         self.level_norm = family.dense_norm
@@ -96,7 +98,7 @@ class DenseBackbone(nn.Module):
         self.train()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Normalised images ``[B, 3, H, W]`` to maps ``[B, channels, H / reduction, W / reduction]``, rounded.
+        """Normalised images ``[B, C, H, W]`` to maps ``[B, channels, H / reduction, W / reduction]``, rounded.
 
         Images for timm's transformers are padded to whole patches with zeros at the bottom and the right.
         """
@@ -113,6 +115,14 @@ class DenseBackbone(nn.Module):
         if self.norms:
             maps = [self.norms[str(level)](x) for level, x in zip(self.out_indices, maps, strict=True)]
         return maps
+
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the channels of images in [0, 1]: the model's, or 0.5 if they are not 3."""
+        config: Any = self.model.pretrained_cfg
+        if self.in_chans == 3:
+            return list(config["mean"]), list(config["std"])
+        return [0.5] * self.in_chans, [0.5] * self.in_chans
 
     def keep(self, reductions: Collection[int]) -> None:
         """Drops the maps of other reductions than these, and what only they need."""
@@ -169,6 +179,12 @@ class DenseBackbone(nn.Module):
     def _load(self, state_dict: dict[str, Tensor], known: set[str], path: str) -> None:
         """Loads what is wanted of a checkpoint whose other entries must be ``known`` to the whole model."""
         wanted = self.state_dict()
+        config: Any = self.model.pretrained_cfg
+        first = config.get("first_conv") or ()
+        for name in [first] if isinstance(first, str) else first:  # of weights for other channels, as timm does it
+            key = f"model.{name}.weight"
+            if {key} <= wanted.keys() & state_dict.keys() and state_dict[key].shape[1] == 3 != wanted[key].shape[1]:
+                state_dict[key] = adapt_input_conv(self.in_chans, state_dict[key])
         if not any(key.startswith("norms.") for key in state_dict):
             state_dict |= {key: x for key, x in wanted.items() if key.startswith("norms.")}
         missing = [key for key in wanted if key not in state_dict and not key.endswith(".num_batches_tracked")]

@@ -19,6 +19,7 @@ from .dense_transforms import IGNORE
 from .detection import DetectionData
 from .guess import DataKind, guess_data
 from .loading import LoadedData
+from .pixels import picture_of
 from .reading import read_image
 
 __all__ = ["check", "contact_sheet", "main"]
@@ -146,12 +147,12 @@ def _examples(module: Any) -> Iterator[tuple[Image.Image, str]]:
         dataset.records = module.records["train"]
         for index in _spread(range(len(dataset))):
             image, target = dataset[index]
-            yield _with_objects((image * 255).round().byte(), target, names), target["file_name"]
+            yield _with_objects(pil_to_tensor(picture_of(image)), target, names), target["file_name"]
         return
     dataset.pairs = module.pairs["train"]
     for index in _spread(range(len(dataset))):
         image, labels = dataset[index]
-        picture, caption = _with_labels((image * 255).round().byte(), labels, names)
+        picture, caption = _with_labels(pil_to_tensor(picture_of(image)), labels, names)
         yield picture, f"{Path(dataset.pairs[index].image).name}: {caption}"
 
 

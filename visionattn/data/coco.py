@@ -78,6 +78,8 @@ class CocoData(DetectionData):
             several times, each time changed at random anew.
         class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
             the checkpoint, so that the training data need not be there.
+        in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
+            files; see ``visionattn.data.pixels``).
 
     Raises:
         FileNotFoundError: A JSON file or folder does not exist.
@@ -109,10 +111,11 @@ class CocoData(DetectionData):
             max_pixels: int = MAX_PIXELS,
             min_batches: int = 1,
             class_names: list[str] | None = None,
+            in_chans: int = 3,
     ):
         super().__init__(
             root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
-            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names)
+            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names, in_chans)
         self._folders = {"train": train_images, "val": val_images, "test": test_images or val_images}
         named = {"train": train_annotations, "val": val_annotations, "test": test_annotations}
         self._json = {split: self.root / file for split, file in named.items() if file is not None}

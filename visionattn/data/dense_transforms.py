@@ -12,11 +12,13 @@ __all__ = ["IGNORE", "SegmentationTransform", "detection_transform", "resize_sho
 
 IGNORE = 255  # label of pixels that neither train nor count
 FILL = [round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN]  # of uint8 images: nothing, once normalised
+MIDDLE = 0.5  # the same of images in [0, 1] of other channels than three
 CROPS = 10  # crops tried for one in which no class prevails
 
 
 def detection_transform(
-        sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None) -> v2.Transform:
+        sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None,
+        channels: int = 3) -> v2.Transform:
     """The training transform of ``(image, target)``.
 
     Args:
@@ -25,15 +27,17 @@ def detection_transform(
         hflip: Probability of a mirrored image.
         large_scale_jitter: Side of the square image that a resize by 0.1 to 2 and a crop (or padding) lead to, in
             place of ``sizes``; None is off.
+        channels: Of the images.
 
     Returns:
-        Takes a uint8 image and a target whose ``boxes`` and ``masks`` are ``tv_tensors`` to the same in random size.
+        Takes an image and a target whose ``boxes`` and ``masks`` are ``tv_tensors`` to the same in random size.
         Objects that are smaller than a pixel then lose ``boxes``, ``labels``, ``masks``, ``area`` and ``iscrowd``
         together, also if none is left.
     """
     resize: list[v2.Transform] = []
     if large_scale_jitter is not None:
-        side, fill = (large_scale_jitter, large_scale_jitter), {tv_tensors.Image: FILL, tv_tensors.Mask: 0}
+        side = large_scale_jitter, large_scale_jitter
+        fill: Any = {tv_tensors.Image: FILL if channels == 3 else MIDDLE, tv_tensors.Mask: 0}
         resize = [v2.ScaleJitter(side), v2.RandomCrop(side, pad_if_needed=True, fill=fill)]
     elif sizes is not None:
         resize = [v2.RandomShortestSize(sizes, max_size)]
@@ -62,7 +66,7 @@ class SegmentationTransform:
         self.jitter = v2.ColorJitter(color_jitter / 4, color_jitter, color_jitter, color_jitter / 10)
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """``image`` uint8 ``[3, H, W]`` and ``labels`` ``[H, W]`` to the same of ``crop_size``."""
+        """``image [C, H, W]`` (of three channels uint8) and ``labels [H, W]`` to the same of ``crop_size``."""
         least, largest = self.scale
         scale = least + (largest - least) * torch.rand(()).item()
         size = _scaled(tuple(image.shape[-2:]), self.short_side, self.max_size, scale)
@@ -82,8 +86,9 @@ class SegmentationTransform:
             counts = torch.bincount(part[part != IGNORE].flatten())
             if len(counts) and counts.max() < self.cat_max_ratio * counts.sum():
                 break
+        fill = FILL if len(image) == 3 else MIDDLE
         padding = [0, 0, self.crop_size - width, self.crop_size - height]
-        image = F.pad(image[:, top:top + height, left:left + width], padding, fill=FILL)
+        image = F.pad(image[:, top:top + height, left:left + width], padding, fill=fill)
         return image, F.pad(part[None], padding, fill=IGNORE)[0]
 
 
@@ -94,7 +99,7 @@ def resize_shorter(image: Tensor, short_side: int | None, max_size: int | None) 
 
 
 def to_image(image: Tensor) -> Tensor:
-    """float32 in [0, 1] of a uint8 image."""
+    """float32 in [0, 1] of an image of uint8 or in [0, 1]."""
     return F.to_dtype(image, torch.float32, scale=True)
 
 

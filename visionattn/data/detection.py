@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from .dense_transforms import detection_transform, to_image
 from .loading import LoadedData, collate_detection
@@ -26,7 +25,7 @@ from .reading import (
     Faults,
     find_faults,
     find_images,
-    read_image,
+    read_tensor,
     say_shared,
 )
 from .report import DataReport, SplitReport, say
@@ -113,6 +112,7 @@ class DetectionData(LoadedData):
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
         class_names: The classes in the order of their labels; None takes them from the data.
+        in_chans: Channels of the images.
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
@@ -124,7 +124,7 @@ class DetectionData(LoadedData):
             train_sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None,
             on_error: Literal["raise", "skip"], verify: bool, orientation: Literal["seen", "stored"],
             value_range: Literal["type", "file"] | tuple[float, float], max_pixels: int, min_batches: int,
-            class_names: list[str] | None):
+            class_names: list[str] | None, in_chans: int):
         super().__init__(batch_size, num_workers, seed, min_batches)
         if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
             raise ValueError(f"train_sizes must be one or more lengths in pixels, or null, got {train_sizes}")
@@ -132,10 +132,10 @@ class DetectionData(LoadedData):
             raise ValueError(f"orientation must be seen or stored, got {orientation!r}")
         self.root, self.masks, self.verify, self.on_error = Path(root), masks, verify, on_error
         self.stored = orientation == "stored"
-        self.decoding = Decoding(value_range, max_pixels).check()
+        self.decoding, self.in_chans = Decoding(value_range, max_pixels, in_chans).check(), in_chans
         self.image_settings = dict(decoding=self.decoding._asdict())
         self.predict_root = None if predict_root is None else Path(predict_root)
-        self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter)
+        self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter, in_chans)
         self.collate = collate_detection
         Faults(root, on_error)  # complains about on_error
         self.known = list(class_names or [])  # with them, training data need not be there
@@ -381,7 +381,7 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.records[index]
         file = Path(record.file)
-        image = F.to_image(read_image(file, HINT, self.decoding))
+        image = tv_tensors.Image(read_tensor(file, HINT, self.decoding))
         size = tuple(image.shape[-2:])
         target: dict[str, Any] = {"image_id": record.image_id, "orig_size": torch.tensor(size)}
         if self.annotated:

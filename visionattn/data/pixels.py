@@ -219,7 +219,10 @@ class Decoding(NamedTuple):
 
     def _array(self, file: Path) -> np.ndarray:
         """The array of a ``.npy`` file; its values are not read yet."""
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except ValueError:  # which speaks of pickles
+            raise ValueError("it is no array of numbers, or damaged") from None
         shape = " x ".join(map(str, array.shape))
         if array.ndim == 2:
             array = array[..., None]
@@ -240,6 +243,8 @@ def orientation_of(file: Path) -> int:
     Raises:
         ValueError: It cannot be read.
     """
+    if file.suffix.lower() == ARRAY:
+        return 1
     try:
         with Image.open(file) as image:
             return tag_of(image)
@@ -250,7 +255,7 @@ def orientation_of(file: Path) -> int:
 def picture_of(image: Tensor) -> Image.Image:
     """A picture of an image ``[C, H, W]``, uint8 or in [0, 1]: of its first three channels, or in grey of its first."""
     shown = F.to_dtype(image[:3] if len(image) > 2 else image[:1].expand(3, -1, -1), torch.float32, scale=True)
-    return F.to_pil_image(F.to_dtype(shown.clamp(0, 1), torch.uint8, scale=True))
+    return F.to_pil_image((shown.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
 
 
 def turned(image: Image.Image, tag: int) -> Image.Image:

@@ -11,7 +11,6 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms.v2 import functional as F
 
 from .dense_transforms import IGNORE, SegmentationTransform, resize_shorter, to_image
 from .loading import LoadedData
@@ -34,7 +33,7 @@ from .masks import (
     values_table,
 )
 from .pixels import MAX_PIXELS, Decoding, orientation_of, turned
-from .reading import EXTENSIONS, Faults, check_images, find_faults, find_images, read_image, result_names, say_shared
+from .reading import EXTENSIONS, Faults, check_images, find_faults, find_images, read_tensor, result_names, say_shared
 from .report import DataReport, SplitReport, say
 
 __all__ = ["SegmentationFolderData"]
@@ -108,6 +107,8 @@ class SegmentationFolderData(LoadedData):
         max_pixels: Largest image that is decoded.
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
+        in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
+            files; see ``visionattn.data.pixels``).
 
     Raises:
         FileNotFoundError: A folder or list does not exist.
@@ -148,6 +149,7 @@ class SegmentationFolderData(LoadedData):
             value_range: Literal["type", "file"] | tuple[float, float] = "type",
             max_pixels: int = MAX_PIXELS,
             min_batches: int = 1,
+            in_chans: int = 3,
     ):
         super().__init__(batch_size, num_workers, seed, min_batches)
         if layout not in LAYOUTS:
@@ -166,8 +168,10 @@ class SegmentationFolderData(LoadedData):
         self.eval_batch_size, self.collate = eval_batch_size, _collate
         self.short_side, self.max_size = short_side, max_size
         self.val_fraction, self.on_error, self.verify = val_fraction, on_error, verify
+        if color_jitter and in_chans != 3:
+            say(f"Images of {in_chans} channels are not coloured at random: color_jitter is left out.")
         self.transform = SegmentationTransform(
-            crop_size, short_side, max_size, scale, cat_max_ratio, hflip, color_jitter)
+            crop_size, short_side, max_size, scale, cat_max_ratio, hflip, color_jitter if in_chans == 3 else 0)
         Faults(root, on_error)  # complains about on_error
         if orientation not in ("seen", "stored"):
             raise ValueError(f"orientation must be seen or stored, got {orientation!r}")
@@ -175,7 +179,8 @@ class SegmentationFolderData(LoadedData):
             raise ValueError(f"the layout {layout} says what values mean: leave mask_values and mask_colors out")
         if mask_values and mask_colors:
             raise ValueError("mask_values and mask_colors were both given; masks have either")
-        self.decoding, self.stored = Decoding(value_range, max_pixels).check(), orientation == "stored"
+        self.decoding, self.in_chans = Decoding(value_range, max_pixels, in_chans).check(), in_chans
+        self.stored = orientation == "stored"
         self.image_settings = dict(short_side=short_side, max_size=max_size, decoding=self.decoding._asdict())
         self.names = Names(image_name, mask_name).check()
         if layout == "plain":
@@ -486,13 +491,13 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         pair = self.pairs[index]
-        photo = read_image(pair.image, HINT, self.reading[1])
-        image = F.pil_to_tensor(photo)
+        image = read_tensor(pair.image, HINT, self.reading[1])
+        height, width = image.shape[-2:]
         if not self.annotated:
-            size = torch.tensor([photo.height, photo.width])
+            size = torch.tensor([height, width])
             return to_image(resize_shorter(image, self.short_side, self.max_size)), pair.name, size
         try:
-            labels = torch.from_numpy(np.array(_read_labels(pair, photo.size, *self.reading)))
+            labels = torch.from_numpy(np.array(_read_labels(pair, (width, height), *self.reading)))
         except UnusableMask as fault:
             raise ValueError(f"{pair.mask}: {fault.kind} ({fault.detail}); {HINT}") from fault
         if self.transform is None:

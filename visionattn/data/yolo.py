@@ -66,6 +66,8 @@ class YoloData(DetectionData):
             several times, each time changed at random anew.
         class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
             the checkpoint, so that the training data need not be there.
+        in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
+            files; see ``visionattn.data.pixels``).
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
@@ -91,10 +93,11 @@ class YoloData(DetectionData):
             max_pixels: int = MAX_PIXELS,
             min_batches: int = 1,
             class_names: list[str] | None = None,
+            in_chans: int = 3,
     ):
         super().__init__(
             root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
-            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names)
+            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names, in_chans)
         if not self.root.exists():
             raise FileNotFoundError(f"{root} does not exist; data.init_args.root must be a folder in YOLO's format, "
                                     "with data.yaml, images and labels")

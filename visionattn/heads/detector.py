@@ -46,7 +46,7 @@ def build_detector(
 ) -> Any:
     """Returns a detector: torchvision's class ``name`` on a feature pyramid over ``body``.
 
-    It takes images ``[3, H, W]`` in [0, 1] and targets as torchvision's detectors do, with labels from 1 on.
+    It takes images ``[C, H, W]`` in [0, 1] and targets as torchvision's detectors do, with labels from 1 on.
 
     Args:
         name: ``fcos``, ``retinanet``, ``faster_rcnn`` or ``mask_rcnn``.
@@ -84,8 +84,8 @@ def build_detector(
     anchors = AnchorGenerator(
         tuple(tuple(scale * stride * size for size in octave) for stride in strides),
         (((1.0,) if name == "fcos" else (0.5, 1.0, 2.0)),) * len(strides))
-    cfg: Any = body.model.pretrained_cfg
-    common: dict[str, Any] = dict(image_mean=list(cfg["mean"]), image_std=list(cfg["std"]))
+    mean, std = body.normalisation
+    common: dict[str, Any] = dict(image_mean=mean, image_std=std)
     if not two_stage:
         return DETECTORS[name](
             backbone, num_classes + 1, anchor_generator=anchors, **common | dict(score_thresh=0.05) | kwargs)

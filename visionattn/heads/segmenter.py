@@ -1,6 +1,6 @@
 """A backbone with a segmentation head, and the ways of running it over an image: whole, in windows, at many scales."""
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +53,15 @@ class Segmenter(nn.Module):
                 raise ValueError(f"{backbone.name} gives a single map here and the auxiliary head needs the last but "
                                  "one: set auxiliary_weight to 0")
             self.auxiliary_head = FCNHead(backbone.channels[-2], num_classes, max(1, channels // 2))
-        config: Any = backbone.model.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"])[:, None, None], persistent=False)
+        for name, values in zip(("mean", "std"), backbone.normalisation, strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The backbone's maps of ``images [B, 3, H, W]`` in [0, 1]."""
+        """The backbone's maps of ``images [B, C, H, W]`` in [0, 1]."""
         return self.backbone((images - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes, H, W]`` of ``images [B, 3, H, W]`` in [0, 1]."""
+        """Logits ``[B, classes, H, W]`` of ``images [B, C, H, W]`` in [0, 1]."""
         return resize(self.head(self.features(images)), images.shape[-2:])
 
 
@@ -75,8 +74,8 @@ def sliding_window(
     """Logits of ``images`` as the mean over overlapping square windows.
 
     Args:
-        model: Takes ``[B, 3, h, w]`` to logits ``[B, classes, h, w]``.
-        images: ``[B, 3, H, W]``.
+        model: Takes ``[B, C, h, w]`` to logits ``[B, classes, h, w]``.
+        images: ``[B, C, H, W]``.
         window: Side of the windows; an image side below it is one window.
         stride: Step between windows; the last one is moved back to end at the image's edge.
 
@@ -107,8 +106,8 @@ def multi_scale(
     """Mean probability over resized and mirrored copies of the images.
 
     Args:
-        model: Takes ``[B, 3, h, w]`` to logits ``[B, classes, h, w]``.
-        images: ``[B, 3, H, W]``.
+        model: Takes ``[B, C, h, w]`` to logits ``[B, classes, h, w]``.
+        images: ``[B, C, H, W]``.
         size: Height and width of the result.
         scales: Factors on the images' sides.
         flip: Also mirror every copy.

@@ -15,6 +15,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import resize_boxes
 
+from ..data.pixels import picture_of
 from ..dense import DenseBackbone
 from ..heads.detector import build_detector
 from ..layers.auxiliary import auxiliary_losses
@@ -22,7 +23,7 @@ from .base import Task, check_arguments
 from .findings import Findings, Sums, class_rows
 from .matching import MATCHED, match_objects
 from .optim import adamw, cosine_with_warmup, steps_with_warmup
-from .pictures import patches, to_picture
+from .pictures import patches
 from .results import DetectionResults
 
 __all__ = ["DetectionTask"]
@@ -33,7 +34,7 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]
 class DetectionTask(Task):
     """Trains and tests a detector of torchvision over a backbone with a feature pyramid.
 
-    Batches are lists of images ``[3, H, W]`` in [0, 1], of any sizes, and of targets: dicts of ``boxes`` (x1, y1, x2,
+    Batches are lists of images ``[C, H, W]`` in [0, 1], of any sizes, and of targets: dicts of ``boxes`` (x1, y1, x2,
     y2 in the image's pixels), ``labels`` (from 1 on), ``masks`` (``[N, H, W]``, for Mask R-CNN), ``iscrowd``,
     ``area``, ``image_id``, ``orig_size`` (height and width of the file) and ``file_name``. Images are resized and
     normalised here. Crowds are not trained on; in evaluation, detections in them count neither way.
@@ -52,6 +53,8 @@ class DetectionTask(Task):
         pretrained: Start from the published classification weights.
         checkpoint_path: Start from the backbone's weights of this file (see :class:`visionattn.dense.DenseBackbone`).
         model_args: More arguments of ``timm.create_model``.
+        in_chans: Channels of the images; the command line takes it from the data. Other images than those of three
+            channels are normalised by a mean and a standard deviation of 0.5.
         frozen_stages: Stages, from the stem on, that are not trained.
         frozen_norms: Keep the statistics of the backbone's batch norms.
         grad_checkpointing: Trade time for memory in the backbone.
@@ -89,6 +92,7 @@ class DetectionTask(Task):
             pretrained: bool = False,
             checkpoint_path: str | None = None,
             model_args: dict[str, Any] | None = None,
+            in_chans: int = 3,
             frozen_stages: int = 0,
             frozen_norms: bool = False,
             grad_checkpointing: bool = False,
@@ -117,7 +121,7 @@ class DetectionTask(Task):
             raise ValueError(f"schedule must be step or cosine, got {schedule!r}")
         self.save_hyperparameters()
         self.args = self.hparams
-        args = dict(model_args or {})
+        args = dict(model_args or {}) | ({} if in_chans == 3 else {"in_chans": in_chans})
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
         body = DenseBackbone(
@@ -229,7 +233,7 @@ class DetectionTask(Task):
             shown: dict[str, Any] = dict(detections)
             if "masks" in shown:
                 shown["masks"] = patches(shown["masks"])
-            self.results.draw(name, to_picture(image), shown)
+            self.results.draw(name, picture_of(image), shown)
             self._predictions.append(self.results.records(target["image_id"], name, shown, size))
         return found
 
@@ -252,7 +256,7 @@ class DetectionTask(Task):
         """Detections of each image on the CPU, in pixels of it, best first; masks as patches, however large it is.
 
         Args:
-            images: ``[3, H, W]`` in [0, 1], of any sizes.
+            images: ``[C, H, W]`` in [0, 1], of any sizes.
             threshold: Least score; None for the detector's own.
         """
         scorer = getattr(self.model, "roi_heads", self.model)

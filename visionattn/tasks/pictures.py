@@ -3,14 +3,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..data.masks import voc_colors
 
-__all__ = ["PALETTE", "Patch", "draw_classes", "draw_label_map", "draw_objects", "patches", "printable",
-           "to_picture"]
+__all__ = ["PALETTE", "Patch", "draw_classes", "draw_label_map", "draw_objects", "patches", "printable"]
 
 PALETTE = [
     (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
@@ -39,12 +37,6 @@ class Patch(NamedTuple):
 def patches(masks: Tensor) -> list[Patch]:
     """The patches of ``masks [N, H, W]`` of bools."""
     return [_patch(mask) for mask in masks.cpu().numpy()]
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """The picture of ``image [3, H, W]`` in [0, 1]."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-    return Image.fromarray(pixels.movedim(0, -1).numpy())
 
 
 def draw_objects(image: Image.Image, found: dict[str, Any], names: Sequence[str]) -> Image.Image:

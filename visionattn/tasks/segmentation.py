@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..data.masks import voc_colors
+from ..data.pixels import picture_of
 from ..dense import DenseBackbone
 from ..heads.blocks import resize
 from ..heads.segmenter import Segmenter, multi_scale, sliding_window
@@ -25,7 +26,6 @@ from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
 from .losses import SegmentationLoss
 from .optim import adamw, cosine_with_warmup, poly_with_warmup
-from .pictures import to_picture
 from .results import SegmentationResults
 
 __all__ = ["SegmentationTask"]
@@ -34,7 +34,7 @@ __all__ = ["SegmentationTask"]
 class SegmentationTask(Task):
     """Trains and tests a backbone with a segmentation head.
 
-    Training takes batches ``(images [B, 3, H, W] in [0, 1], labels [B, H, W])``; evaluation the same, where the labels
+    Training takes batches ``(images [B, C, H, W] in [0, 1], labels [B, H, W])``; evaluation the same, where the labels
     may be of another size: that of the file, which the logits are then brought to. Prediction takes
     ``(images, names, sizes [B, 2])``, the sizes those of the files. Images are normalised here, as the backbone was
     trained.
@@ -53,6 +53,8 @@ class SegmentationTask(Task):
         pretrained: Start from the published classification weights.
         checkpoint_path: Start from the backbone's weights of this file.
         model_args: More arguments of ``timm.create_model``.
+        in_chans: Channels of the images; the command line takes it from the data. Other images than those of three
+            channels are normalised by a mean and a standard deviation of 0.5.
         out_indices: Stages that the head sees; None for all.
         frozen_stages: Stages, from the stem on, that are not trained.
         frozen_norms: Keep the statistics of the backbone's batch norms.
@@ -90,6 +92,7 @@ class SegmentationTask(Task):
             pretrained: bool = False,
             checkpoint_path: str | None = None,
             model_args: dict[str, Any] | None = None,
+            in_chans: int = 3,
             out_indices: list[int] | None = None,
             frozen_stages: int = 0,
             frozen_norms: bool = False,
@@ -131,7 +134,7 @@ class SegmentationTask(Task):
             raise ValueError(f"test_scales must be positive factors, got {test_scales}")
         self.save_hyperparameters()
         self.args = self.hparams
-        args = dict(model_args or {})
+        args = dict(model_args or {}) | ({} if in_chans == 3 else {"in_chans": in_chans})
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
         maps = DenseBackbone(
@@ -146,7 +149,7 @@ class SegmentationTask(Task):
         self.num_tested = SumMetric()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes, H, W]`` of ``images [B, 3, H, W]`` in [0, 1], seen whole."""
+        """Logits ``[B, classes, H, W]`` of ``images [B, C, H, W]`` in [0, 1], seen whole."""
         return self.model(images)
 
     def infer(self, images: Tensor, size: Sequence[int], testing: bool = False) -> Tensor:
@@ -253,7 +256,7 @@ class SegmentationTask(Task):
         paths = []
         for image, name, (height, width) in zip(images, names, sizes.tolist(), strict=True):
             labels = self.infer(image[None], (height, width), testing=True)[0].argmax(dim=0)
-            picture = to_picture(resize(image[None], (height, width))[0])
+            picture = picture_of(resize(image[None], (height, width))[0])
             paths.append(self.results.draw(name, picture, labels.to("cpu", torch.uint8)))
         return paths
 
