@@ -221,6 +221,7 @@ def test_empty_class_in_val(root, check, fit):
     assert fit("--data.auto_augment", "rand-m10-n6-mstd3")["num_images"] == 4  # which goes beyond Pillow's ranges
 
 
+@pytest.mark.slow
 def test_only_twenty_images(root, log):
     """The recipe as it is, with its moving average of the weights."""
     photos(root, 10, classes=("cat", "dog"))

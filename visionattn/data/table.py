@@ -22,7 +22,7 @@ ENDINGS = (".csv", ".tsv")
 PATHS = ("path", "filepath", "imagepath", "imgpath", "file", "filename", "imagefile", "imagefilename", "imgfile", "img",
          "image", "imagename", "imgname", "images", "files", "photo", "picture", "name", "imageid", "imgid", "id")
 LABELS = ("label", "labels", "class", "classes", "tag", "tags", "category", "categories", "target", "targets",
-          "classname", "labelname", "categoryname", "classid", "labelid", "classlabel", "y")
+          "classname", "labelname", "categoryname", "classid", "labelid", "classlabel", "choice", "y")
 SPLITS = ("split", "subset", "set", "partition", "dataset", "datasplit", "phase", "usage", "isvalid", "isval", "istest")
 SEPARATORS = ("|", ";")  # of labels in a cell, that are taken for such without being told
 YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
