@@ -22,7 +22,6 @@ SHORTER = {
             "--data.init_args.min_batches", "1",
             "--trainer.enable_progress_bar", "false"],
     "test": ["--trainer.enable_progress_bar", "false"],
-    "predict": ["--trainer.enable_progress_bar", "false"],
 }
 
 

@@ -39,7 +39,7 @@ def _run(commands, recipe):
             voc.main(arguments[2:])
             continue
         assert program == "visionattn"
-        if arguments[0] != "export":
+        if arguments[0] not in ("export", "predict"):
             arguments += ["--trainer.enable_progress_bar", "false"]
         if arguments[0] == "fit":
             arguments += [*SHORTER, *SMALLER[recipe]]

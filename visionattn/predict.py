@@ -27,6 +27,7 @@ from .tasks import ClassificationTask, DetectionTask, SegmentationTask
 from .tasks.pictures import printable
 from .tasks.rebuild import load_task
 from .tasks.run_folder import Run, find_run
+from .tasks.summary import write_readme
 from .tasks.tiles import detect_in_tiles, label_in_tiles
 
 __all__ = ["Prediction", "Predictor", "main"]
@@ -211,6 +212,8 @@ def main(argv: list[str]) -> int:
     except BaseException:
         results.abandon()
         raise
+    if (out / "config.yaml").is_file():
+        write_readme(out)
     say(said + ".")
     if not faults:
         return 0

@@ -34,6 +34,7 @@ _FILES = {  # of a run folder, in the order of the README; patterns are below it
     "left_out*.csv": "files and records that were left out or mended, with the reasons",
     "predictions.csv": "the last prediction: classes and their probabilities",
     "predictions.json": "the last prediction: boxes, scores and masks, as COCO has results",
+    "predictions_coco.json": "the last prediction: a COCO file of the images and what is sure enough in them",
     "predictions": "the last prediction: label maps",
     "pictures": "the last prediction: what was found, over the images",
     "crops": "the last prediction: what was found, cut out of the images",
