@@ -22,6 +22,7 @@ _COMMANDS = {
     "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),
     "predict": _Command("visionattn.predict", "predict on any images: RUN IMAGE|FOLDER ...; tables, JSON, pictures"),
     "recipes": _Command("visionattn.recipes", "list the recipes that fit takes by name, or print one to edit"),
+    "compare": _Command("visionattn.compare", "show runs side by side: a table, and a picture of their curves"),
     "check-data": _Command("visionattn.data.check", "check a folder of data without training: table, faults, pictures"),
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
     "bench": _Command("visionattn.bench", "time the ops beside their peers; simulate what windows cost", named=True),

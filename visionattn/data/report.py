@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 
-__all__ = ["DataReport", "SplitReport", "say"]
+__all__ = ["DataReport", "SplitReport", "aligned", "say"]
 
 IMBALANCE = 10  # ratio of the most to the least frequent class from which it is said
 FEW = 100  # training images below which it is said
@@ -57,12 +57,12 @@ class DataReport:
             why += f"; and {part.more} more" if part.more else ""
             total = str(sum(part.counts.values())) if part.counts else "-"
             rows.append([split, str(part.images), *[total] * counted, why or "-"])
-        lines = _aligned(rows)
+        lines = aligned(rows)
         classes = list(dict.fromkeys(name for split in names for name in self.splits[split].counts))
         frequent = sorted(classes, key=lambda name: -sum(self.splits[split].counts.get(name, 0) for split in names))
         shown = [name for name in classes if name in set(frequent[:SHOWN])]
         if shown:
-            lines += _aligned([[f"class ({self.unit})", *names], *(
+            lines += aligned([[f"class ({self.unit})", *names], *(
                 [name, *(str(self.splits[split].counts.get(name, 0)) for split in names)] for name in shown)])
         if len(shown) < len(classes):
             lines.append(f"... and {len(classes) - len(shown)} more classes")
@@ -113,7 +113,8 @@ def say(text: str) -> None:
     rank_zero_info(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as their widest cells."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

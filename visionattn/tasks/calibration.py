@@ -59,11 +59,12 @@ class SingleLabelCounts(nn.Module):
     def compute(self) -> tuple[dict[str, float], np.ndarray | None, dict[str, np.ndarray]]:
         """The test's metrics of calibration, confusion matrix and bins by name, of all processes; resets them."""
         before, after = self.before.compute(), self.after.compute()
-        metrics, bins = {"ece": round(calibration_error(before), 6)}, {"as it is": before.cpu().numpy()}
+        metrics = {"ece": round(calibration_error(before), 6)}
+        bins = {f"as it is: ECE {metrics['ece']:.3f}": before.cpu().numpy()}
         if self.temperature is not None:
             metrics["ece_calibrated"] = round(calibration_error(after), 6)
             metrics["temperature"] = round(self.temperature, 6)
-            bins[f"logits / {self.temperature:.3g}"] = after.cpu().numpy()
+            bins[f"logits / {self.temperature:.3g}: ECE {metrics['ece_calibrated']:.3f}"] = after.cpu().numpy()
         confusion = None if self.matrix is None else self.matrix.compute().cpu().numpy()
         for metric in (self.before, self.after, self.matrix):
             if metric is not None:

@@ -38,20 +38,24 @@ class Tile(NamedTuple):
 Curve = Sequence[tuple[float, float]]  # (epoch, value)
 
 
-def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], best: Mapping[str, float] | None = None) -> None:
+def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], best: Mapping[str, float] | None = None) -> bool:
     """Draws a panel for each of ``panels``: its curves by their names over the epochs.
 
     Args:
         path: The PNG file to write.
         panels: Curves by panel and name; empty ones are left out.
         best: The epoch to mark in a panel.
+
+    Returns:
+        Whether there was anything to draw.
     """
     panels = {title: {name: curve for name, curve in curves.items() if curve} for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
-        return
+        return False
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
+    named: set[str] = set()  # in a legend
     with _style([*panels, *names]):
         figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained")
         for axes, (title, curves) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
@@ -65,10 +69,12 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], best: Map
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axes.grid(alpha=0.3)
-            if len(curves) > 1:
+            if len(curves) > 1 and not named.issuperset(curves):
+                named.update(curves)
                 for text in axes.legend(fontsize="small").get_texts():
                     text.set_parse_math(False)
         _save(figure, path)
+    return True
 
 
 def draw_confusion(path: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:

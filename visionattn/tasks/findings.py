@@ -65,8 +65,7 @@ class Findings(NamedTuple):
         if worst:
             draw_sheet(run / "mistakes.png", worst, self.worst)
         if self.calibration:
-            draw_reliability(run / "calibration.png", self.calibration,
-                             "How often the test's predictions are right, by their confidence")
+            draw_reliability(run / "calibration.png", self.calibration, "Calibration on the test images")
 
 
 class Mistakes:
