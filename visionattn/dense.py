@@ -10,6 +10,7 @@ from typing import Any, Literal
 import timm
 from lightning.pytorch.utilities import rank_zero_info
 from timm.layers import LayerNorm2d
+from timm.layers.halo_attn import HaloAttn
 from timm.models import FeatureInfo, adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,6 +77,9 @@ class DenseBackbone(nn.Module):
         self.level_norm = family.dense_norm
         self.norms = nn.ModuleDict()
         self.patch = stages[0]["reduction"]
+        blocks = [module.block_size for module in self.model.modules() if isinstance(module, HaloAttn)]
+        if blocks:  # HaloNet's maps must be whole blocks
+            self.whole_patches, self.patch = True, max(blocks) * stages[-1]["reduction"]
         state_dict = None if checkpoint_path is None else self._read(checkpoint_path, family)
         known = set(self.model.state_dict())
         self._select([info["index"] for info in stages] if out_indices is None else sorted(out_indices))
@@ -100,8 +104,10 @@ class DenseBackbone(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised images ``[B, C, H, W]`` to maps ``[B, channels, H / reduction, W / reduction]``, rounded.
 
-        Images for timm's transformers are padded to whole patches with zeros at the bottom and the right.
+        Images for timm's transformers and HaloNets are padded to whole patches or blocks with zeros at the bottom and
+        the right.
         """
+        height, width = x.shape[2:]
         if self.whole_patches:
             x = F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
         try:
@@ -112,6 +118,9 @@ class DenseBackbone(nn.Module):
             raise ValueError(
                 f"{self.name} cannot take images of {x.shape[2]} x {x.shape[3]} ({error}): it is built for one size; "
                 "give that as img_size in model_args, or take another model") from error
+        if self.whole_patches:
+            maps = [x[..., :-(-height // reduction), :-(-width // reduction)]
+                    for x, reduction in zip(maps, self.reductions, strict=True)]
         if self.norms:
             maps = [self.norms[str(level)](x) for level, x in zip(self.out_indices, maps, strict=True)]
         return maps

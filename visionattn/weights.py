@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from . import models  # noqa: F401  (registers the zoo in timm)
@@ -27,11 +28,18 @@ def check_name(name: str) -> None:
         raise ValueError(f"there is no model {name!r}" + (f"; similar names: {', '.join(close)}" if close else ""))
 
 
-def timm_model(name: str, **args: Any) -> Any:
-    """``timm.create_model`` with a ValueError of one line for arguments that the model does not have."""
+def timm_model(name: str, drop_path_rate: float | None = None, **args: Any) -> Any:
+    """``timm.create_model`` with a ValueError of one line for arguments that the model does not have.
+
+    ``drop_path_rate``, which recipes set for whatever model, is left out with one line where a model has none.
+    """
+    depth = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     try:
-        return timm.create_model(name, **args)
+        return timm.create_model(name, **args | depth)
     except TypeError as error:
+        if depth and "'drop_path_rate'" in str(error):
+            rank_zero_info(f"{name} has no stochastic depth: drop_path_rate ({drop_path_rate}) is left out.")
+            return timm_model(name, **args)
         raise ValueError(f"{name} does not take these model_args: {error}") from error
 
 

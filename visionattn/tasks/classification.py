@@ -50,7 +50,7 @@ class ClassificationTask(Task):
             for another number of classes is replaced.
         model_args: More arguments of ``timm.create_model``.
         in_chans: Channels of the images.
-        drop_path_rate: Stochastic depth; None leaves the model's own.
+        drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
         lr: Peak learning rate, for the batch size as it is (it is not scaled).
         weight_decay: Of weights; biases, norms and bias tables have none.
         betas: Of AdamW.

@@ -58,7 +58,7 @@ class DetectionTask(Task):
         frozen_stages: Stages, from the stem on, that are not trained.
         frozen_norms: Keep the statistics of the backbone's batch norms.
         grad_checkpointing: Trade time for memory in the backbone.
-        drop_path_rate: Stochastic depth; None leaves the model's own.
+        drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
         strides: Of the pyramid's levels; None for 8 to 128 (FCOS, RetinaNet) or 4 to 64 (R-CNN). Stages of the
             backbone that are coarser than the last are left out.
         fpn_channels: Width of the pyramid and of the heads, a multiple of 64 for FCOS.

@@ -59,12 +59,13 @@ class SegmentationTask(Task):
         frozen_stages: Stages, from the stem on, that are not trained.
         frozen_norms: Keep the statistics of the backbone's batch norms.
         grad_checkpointing: Trade time for memory in the backbone.
-        drop_path_rate: Stochastic depth; None leaves the model's own.
+        drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
         head: ``upernet`` or ``semantic_fpn``.
         head_channels: Width of the head; None for the papers' (512 and 128).
         losses: Weight of each loss: ``cross_entropy``, ``dice``, ``ohem``; None for cross-entropy alone.
         class_weights: Weight of each label's pixels in cross-entropy, for labels that are rare; None for equal ones.
-        auxiliary_weight: Of the loss of an FCN head on the last but one stage; 0 for no such head.
+        auxiliary_weight: Of the loss of an FCN head on the last but one stage; 0 for no such head. A backbone that
+            gives one map goes without.
         ignore_index: Label of pixels that do not count.
         window: Evaluate in overlapping square windows of this side, in pixels; None for whole images.
         window_stride: Step between windows; None for two thirds of their side.
@@ -141,7 +142,11 @@ class SegmentationTask(Task):
             backbone, task="segmentation", pretrained=pretrained, checkpoint_path=checkpoint_path,
             out_indices=out_indices, frozen_stages=frozen_stages, frozen_norms=frozen_norms,
             grad_checkpointing=grad_checkpointing, model_args=args)
-        self.model = Segmenter(maps, num_classes, head, head_channels, auxiliary=auxiliary_weight > 0)
+        auxiliary = auxiliary_weight > 0
+        if auxiliary and out_indices is None and len(maps.out_indices) < 2:
+            rank_zero_info(f"{backbone} gives a single map: there is no auxiliary head (auxiliary_weight).")
+            auxiliary = False
+        self.model = Segmenter(maps, num_classes, head, head_channels, auxiliary=auxiliary)
         self.loss = SegmentationLoss(losses or {"cross_entropy": 1.0}, ignore_index, class_weights)
         matrix = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
         self.val_matrix, self.test_matrix = matrix, matrix.clone()
