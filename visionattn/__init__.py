@@ -5,10 +5,32 @@
 import sys
 import sysconfig
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-__all__ = ["__version__", "models"]
+__all__ = ["__version__", "models", "train"]
+
+
+def train(folder: str | Path, model: str | None = None, task: str | None = None, **options: Any) -> Any:
+    """Trains, tests and exports a model on a folder of data, as the command ``visionattn train`` does.
+
+    Args:
+        folder: The data, or COCO's JSON file, or YOLO's ``data.yaml``.
+        model: Name of any model of timm's or ours; None for a small one.
+        task: ``classification``, ``detection`` or ``segmentation``; None: guessed.
+        options: Options of ``visionattn fit``; in their names ``__`` stands for the dot: ``trainer__max_epochs=10``.
+
+    Returns:
+        A :class:`visionattn.training.TrainedRun`: run folder, metrics of the test images, best weights, ONNX file, and
+        the ``fit`` command that is the same.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds nothing to train on, something in it is wrong, or there is no such model.
+    """
+    return import_module(f"{__name__}.training").train(folder, model, task, **options)  # with all that it imports
 
 
 def _runs_the_command() -> bool:

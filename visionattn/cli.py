@@ -17,6 +17,7 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
+    "train": _Command("visionattn.training", "train on a folder with nothing to configure: FOLDER [--model NAME]"),
     "fit": _Command("visionattn.tasks.run", "train a model and test it: --config RECIPE [--KEY VALUE ...]", named=True),
     "validate": _Command("visionattn.tasks.run", "measure a model on the validation images", named=True),
     "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),

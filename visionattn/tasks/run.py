@@ -34,20 +34,28 @@ from ..recipes import with_recipes
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 from .run_folder import moved_run, relocated, with_run, with_run_folders
-from .saving import WholeFiles, is_full
+from .saving import LatestBest, WholeFiles, is_full
 from .story import EpochLines, OneBar, figures
 from .summary import add_test, draw_run, summarise, write_readme
 
-__all__ = ["main"]
+__all__ = ["launch", "main"]
 
 FROM_DATA = ("num_classes", "class_names", "in_chans", "multi_label")  # arguments of tasks that the data know
 
 
 def main(argv: list[str]) -> None:
+    """Runs a command as ``launch`` does."""
+    launch(argv)
+
+
+def launch(argv: list[str]) -> pl.LightningDataModule:
     """Runs ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
         argv: The command and its options, as they come from the shell; ``--config`` may name a shipped recipe.
+
+    Returns:
+        The data.
 
     Raises:
         argparse.ArgumentError: The options or the configuration cannot be read; the message is one line.
@@ -60,10 +68,10 @@ def main(argv: list[str]) -> None:
     _silence()
     argv = with_run_folders(with_recipes(with_run(argv)))
     try:
-        _RunCLI(
+        return _RunCLI(
             pl.LightningModule, pl.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
             save_config_kwargs={"overwrite": True}, seed_everything_default=0, auto_configure_optimizers=False,
-            load_from_checkpoint_support=False, parser_kwargs={"prog": "visionattn"}, args=argv)
+            load_from_checkpoint_support=False, parser_kwargs={"prog": "visionattn"}, args=argv).datamodule
     except argparse.ArgumentError as error:
         raise argparse.ArgumentError(None, _parsing_fault(str(error))) from error
     except ValueError as error:
@@ -298,7 +306,7 @@ class _RunCLI(LightningCLI):
                 dirpath=run / "checkpoints", enable_version_counter=False, save_on_train_epoch_end=True)
             monitor, mode = getattr(self.model, "monitor", None), getattr(self.model, "monitor_mode", "min")
             if monitor is not None:
-                callbacks.append(ModelCheckpoint(**common, filename="best", monitor=monitor, mode=mode))
+                callbacks.append(LatestBest(**common, filename="best", monitor=monitor, mode=mode))
             callbacks.append(ModelCheckpoint(**common, filename="last"))
         self.lines = EpochLines()
         callbacks.append(self.lines)

@@ -1,15 +1,27 @@
-"""Checkpoints are written whole or not at all, and a full disk is named."""
+"""Checkpoints are written whole or not at all, a full disk is named, and of equally good epochs the last is best."""
 import errno
 import io
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
-__all__ = ["WholeFiles", "is_full"]
+__all__ = ["LatestBest", "WholeFiles", "is_full"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of the user's quota, of what a file may hold
+
+
+class LatestBest(ModelCheckpoint):
+    """Keeps the last of equally good epochs: on few validation images many are equal, and later ones learned more."""
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Whether ``current``, the monitored value, is the best so far or as good as that."""
+        equal = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        return equal or super().check_monitor_top_k(trainer, current)
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -123,7 +123,7 @@ class EpochLines(pl.Callback):
     def _improves(self, value: float, mode: str) -> bool:
         if math.isnan(value):
             return False
-        return self.best is None or (value > self.best if mode == "max" else value < self.best)
+        return self.best is None or (value >= self.best if mode == "max" else value <= self.best)
 
 
 class OneBar(TQDMProgressBar):
