@@ -101,7 +101,8 @@ def test_bad_arguments(kwargs, message):
 
 
 def test_class_weights_weigh_the_training_loss(tmp_path):
-    task = ClassificationTask("test_dinat", num_classes=10, class_weights="balanced", label_smoothing=0.0)
+    task = ClassificationTask(
+        "resnet10t", num_classes=10, class_weights="balanced", label_smoothing=0.0, ema_decay=0.9)
     _fit(task, tmp_path, 1)
     counts = torch.tensor(list(task.trainer.datamodule.report.splits["train"].counts.values())).float()
     assert torch.allclose(task.class_weight, counts.sum() / 10 / counts)

@@ -117,9 +117,8 @@ class ClassificationTask(Task):
         self.model = _create_model(backbone, pretrained, checkpoint_path, args)
         self.freezing = Freezing(self.model, backbone, unfreeze_epochs) if frozen else None
         self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
-        self.class_weight: Tensor | None
-        self.register_buffer("class_weight", None if class_weights in (None, "balanced") else torch.tensor(
-            class_weights), persistent=False)
+        # No buffer: the moving average of the weights is copied before these are known.
+        self.class_weight = None if class_weights in (None, "balanced") else torch.tensor(class_weights)
         metrics = MetricCollection({"accuracy": MulticlassAccuracy(num_classes, average="micro")})
         if num_classes > 5:
             metrics.add_metrics({"accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=5)})
@@ -162,7 +161,8 @@ class ClassificationTask(Task):
             before = self.freezing.number(self.current_epoch - 1) if self.current_epoch else None
             below, frozen = len(self.freezing.below), self.freezing.number(self.current_epoch)
             if frozen != before:
-                say(f"Epoch {self.current_epoch}: the head trains and {below - frozen} of the {below} layers below it.")
+                say(f"From epoch {self.current_epoch + 1} on the head trains and {below - frozen} of the {below} layers "
+                    "below it.")
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Takes the gradients of layers that do not train yet away, so that the step leaves them as they are."""
@@ -338,10 +338,11 @@ class ClassificationTask(Task):
 
     def _training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.args.label_smoothing
+        weight = None if self.class_weight is None else self.class_weight.to(logits.device)
         if self.args.multi_label:
             targets = targets.float() * (1 - smoothing) + smoothing / 2
-            return binary_cross_entropy_with_logits(logits, targets, pos_weight=self.class_weight)
-        return cross_entropy(logits, targets, self.class_weight, label_smoothing=smoothing)
+            return binary_cross_entropy_with_logits(logits, targets, pos_weight=weight)
+        return cross_entropy(logits, targets, weight, label_smoothing=smoothing)
 
     def _log_scores(self, split: str, metric: MultilabelScores) -> dict[str, Any]:
         """Logs and resets the metrics of multi-label images; returns them with those of each class."""
