@@ -216,17 +216,31 @@ def _maps_or_logits(
         # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
         rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
         free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
-    with _explained("PyTorch cannot export this model"):
-        program = torch.onnx.export(
-            model, (torch.randn(2, channels, *size),), dynamo=True, opset_version=opset, verbose=False,
-            dynamic_shapes=(free,), input_names=["images"], output_names=names)
-    assert program is not None
+    proto = _graph(model, torch.randn(2, channels, *size), opset, dynamic_shapes=(free,), input_names=["images"],
+                   output_names=names)
     sizes = [size, (size[0] + 32, size[1]), (size[0], size[1] + 64)] if dynamic_size else [size]
-    return program.model_proto, _Check(
+    return proto, _Check(
         answer=lambda images: tuple(model(images)) if features else (model(images),),
         difference=_relative,
         draw=torch.rand if segmenter else torch.randn,
         shapes=[(batch, channels, *size) for size in sizes for batch in (1, 1 + _IMAGES)])
+
+
+def _graph(model: nn.Module, images: Tensor, opset: int, **options: Any) -> Any:
+    """The ONNX graph of a model, through torch.export."""
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+    from onnxscript import optimizer
+
+    with _explained("PyTorch cannot export this model"):
+        program = torch.onnx.export(
+            model, (images,), dynamo=True, opset_version=opset, verbose=False, optimize=False, **options)
+        assert program is not None
+        # The optimiser's time is that of the square of the nodes, and most of them say sizes.
+        optimizer.fold_constants(program.model)
+        optimizer.remove_unused_nodes(program.model)
+        CommonSubexpressionEliminationPass()(program.model)
+        program.optimize()
+    return program.model_proto
 
 
 def _timm_model(model: Any) -> Any:
@@ -293,16 +307,13 @@ def _detector(model: Any, image_size: tuple[int, int] | None, opset: int) -> tup
         maps = tuple(model.backbone(images.tensors).values())
     levels = [f"level_{i}" for i in range(len(maps))]
     names = ["boxes", "labels", "scores"] + ["masks"] * isinstance(model, DETECTORS["mask_rcnn"])
+    network = _graph(_Network(model).eval(), image, opset, input_names=["image"], output_names=levels)
     file: Any = io.BytesIO()  # which PyTorch's annotations omit
     with _explained("PyTorch cannot export this model"):
-        program = torch.onnx.export(
-            _Network(model).eval(), (image,), dynamo=True, opset_version=opset, verbose=False, input_names=["image"],
-            output_names=levels)
         torch.onnx.export(
             _Search(model, images, size, names).eval(), maps, file, dynamo=False, opset_version=opset,
             input_names=levels, output_names=names, dynamic_axes={name: {0: "objects"} for name in names})
-    assert program is not None
-    network = onnx.compose.add_prefix(program.model_proto, "network/", rename_inputs=False)
+    network = onnx.compose.add_prefix(network, "network/", rename_inputs=False)
     search = onnx.load_from_string(file.getvalue())
     search.ir_version = network.ir_version
     _, *inner = _graphs(search.graph)
