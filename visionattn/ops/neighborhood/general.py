@@ -179,5 +179,5 @@ def _outer(combine: Callable[[Tensor, Tensor], Tensor], tables: list[Tensor]) ->
 
 def _spread(table: Tensor, place: int) -> Tensor:
     """``[a, b, c]`` with an axis of length 1 after each axis (``place`` 0) or before it (1)."""
-    tiles, queries, keys = table.shape
+    _, queries, keys = table.shape
     return table.reshape([(-1, 1, queries, 1, keys, 1), (1, -1, 1, queries, 1, keys)][place])
