@@ -348,6 +348,19 @@ def test_what_is_no_run(tmp_path, capfd):
         assert words in capfd.readouterr().err
 
 
+def test_images_of_any_shape(runs, tmp_path):
+    """A detector cannot bring the thin one to a size that it knows: it is left out, the others are not."""
+    for size in ((1, 1), (3, 3000)):
+        write_image(tmp_path / "inbox" / f"{size[1]}.png", size)
+    for task in RUNS:
+        out = tmp_path / task
+        argv = ["predict", str(runs / "runs" / task), str(tmp_path / "inbox"), "--out", str(out), "--batch-size", "2"]
+        code = main(argv)
+        left_out = rows(out / "left_out_predict.csv") if code else []
+        assert len(left_out) == (task == "detection")
+        assert len(names(out / "pictures")) == 2 - len(left_out)
+
+
 # Detections
 
 def test_threshold_and_tiles_of_a_detector(runs, tmp_path):

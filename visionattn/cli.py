@@ -19,8 +19,8 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "train": _Command("visionattn.training", "train on a folder with nothing to configure: FOLDER [--model NAME]"),
     "fit": _Command("visionattn.tasks.run", "train a model and test it: --config RECIPE [--KEY VALUE ...]", named=True),
-    "validate": _Command("visionattn.tasks.run", "measure a model on the validation images", named=True),
-    "test": _Command("visionattn.tasks.run", "measure a model on the test images: test_metrics.json", named=True),
+    "validate": _Command("visionattn.tasks.run", "measure a run on its validation images: RUN [DATA]", named=True),
+    "test": _Command("visionattn.tasks.run", "measure a run on its test images: RUN [DATA]", named=True),
     "predict": _Command("visionattn.predict", "predict on any images: RUN IMAGE|FOLDER ...; tables, JSON, pictures"),
     "recipes": _Command("visionattn.recipes", "list the recipes that fit takes by name, or print one to edit"),
     "compare": _Command("visionattn.compare", "show runs side by side: a table, and a picture of their curves"),

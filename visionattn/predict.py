@@ -34,6 +34,7 @@ __all__ = ["Prediction", "Predictor", "main"]
 
 BATCH_SIZE = 8  # of classification, and of tiles; other images differ in size
 READERS = 4  # threads
+OLDER = ("--config", "--model", "--data", "--trainer", "--ckpt_path", "--print_config")  # options of the older form
 
 
 class Prediction(NamedTuple):
@@ -136,12 +137,14 @@ class Predictor:
         good = [(image, prepared) for _, image, prepared in batch if not isinstance(image, str)]
         try:
             found = iter(self._found([image for image, _ in good], [prepared for _, prepared in good]) if good else ())
-        except ValueError as error:  # such as of a model that an image is too small for
+        except (ValueError, RuntimeError) as error:  # such as of a model that an image is too small or too thin for
+            if "memory" in str(error).lower():
+                raise
             if len(batch) > 1:
                 for one in batch:
                     yield from self._predict([one])
             else:
-                yield Prediction(batch[0][0], None, None, str(error))
+                yield Prediction(batch[0][0], None, None, " ".join(str(error).split()))
             return
         for file, image, _ in batch:
             if isinstance(image, str):
@@ -188,7 +191,7 @@ def main(argv: list[str]) -> int:
     Returns:
         0, or 1 if images could not be read.
     """
-    if any(argument.startswith(("--config", "-c", "--model", "--data", "--trainer")) for argument in argv[:1]):
+    if any(argument == "-c" or argument.startswith(OLDER) for argument in argv):
         from .tasks.run import main as run_main
 
         run_main(["predict", *argv])

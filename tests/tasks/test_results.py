@@ -52,6 +52,21 @@ def test_names_of_images_are_those_of_their_results(tmp_path):
     assert all(path.is_file() and path.is_relative_to(tmp_path) for path in written)
 
 
+def test_classes_of_several_labels(tmp_path):
+    """A row for each image, twice in the same folder."""
+    task = ClassificationTask("test_dinat", num_classes=3, class_names=["a", "b", "c"], multi_label=True)
+    for threshold, labels in ((None, "a"), (0.3, "a|c")):
+        results = task.open_results(tmp_path, threshold)
+        best = results.best(torch.tensor([0.75, 0.25, 0.4]))
+        results.write("\udcff.jpg", best)
+        results.draw("x", picture().convert("RGB"), best)
+        assert results.close() == f"Predictions of 1 images are in {tmp_path / 'predictions.csv'}"
+        assert (tmp_path / "predictions.csv").read_text().splitlines() == [
+            "file,labels,a,b,c", f"\\udcff.jpg,{labels},0.750000,0.250000,0.400000"]
+    with pytest.raises(ValueError, match="leave threshold out"):
+        ClassificationTask("test_dinat", num_classes=3).open_results(tmp_path, 0.5)
+
+
 def test_what_others_wrote_is_kept(tmp_path):
     for name in ("old", "deep/er/old"):
         ResultFolder(tmp_path).save(picture(), name)
