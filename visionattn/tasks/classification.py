@@ -161,8 +161,8 @@ class ClassificationTask(Task):
             before = self.freezing.number(self.current_epoch - 1) if self.current_epoch else None
             below, frozen = len(self.freezing.below), self.freezing.number(self.current_epoch)
             if frozen != before:
-                say(f"From epoch {self.current_epoch + 1} on the head trains and {below - frozen} of the {below} layers "
-                    "below it.")
+                say(f"From epoch {self.current_epoch + 1} on the head trains and {below - frozen} of the {below} "
+                    "layers below it.")
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Takes the gradients of layers that do not train yet away, so that the step leaves them as they are."""
