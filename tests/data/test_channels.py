@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visionattn.data import CsvData, ImageFolderData, SegmentationFolderData
+from visionattn.data import CsvData, ImageFolderData, SegmentationFolderData, YoloData
 from visionattn.data.pixels import Decoding, picture_of
 
 RNG = np.random.default_rng(0)
@@ -135,3 +135,18 @@ def test_masks_beside_arrays(tmp_path, said):
     assert 0 <= images.min() <= images.max() <= 1
     images, labels = next(iter(data.val_dataloader()))
     assert (images.shape[1], labels.shape[1:]) == (2, (40, 36))
+
+
+def test_arrays_beside_pictures_are_their_copies(tmp_path, said):
+    for name in ("cat", "dog"):
+        for index in range(4):
+            (tmp_path / name).mkdir(exist_ok=True)
+            image = RNG.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / name / f"{index}.jpg")
+            np.save(tmp_path / name / f"{index}.npy", image[..., ::-1])
+    data = ImageFolderData(str(tmp_path), num_workers=0)
+    data.setup("fit")
+    assert len(data.samples["train"]) + len(data.samples["val"]) == 8
+    assert "8 arrays, such as " in said.text
+    (tmp_path / "classes.txt").write_text("thing\n")
+    assert len(YoloData(str(tmp_path), num_workers=0)._splits["train"]) == 8

@@ -42,6 +42,8 @@ def _text(head, row="{},{}"):
     "\n\n".join(",".join(row) for row in ROWS),  # without a head
     "id,cat,dog\n" + "".join(f"{file},{int(name == 'cat')},{int(name == 'dog')}\n" for file, name in ROWS),
     _text("path,label,width", "{},{},40"),
+    _text(",path,label", '7,{},{}'),
+    _text("path,label,notes", '{},{},"two\nlines, and more"'),
 ])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_what_is_clear_is_read_alike(table, text, encoding):
@@ -162,6 +164,7 @@ def test_unreadable_images_are_skipped(table, tmp_path):
     ("path,age,sex\n0.jpg,31,1\n1.jpg,2,0\n", {}, "not clear which of the columns age, sex hold the labels"),
     ('path,label\n0.jpg,"a,b"\n1.jpg,a\n', {}, "hold commas, such as 'a,b': set label_separator"),
     ("path,label\n0.jpg,a|b\n1.jpg,a;b\n", {}, "hold | and ;"),
+    ("path,cat,cat\n0.jpg,1,0\n", {}, "two columns called 'cat'"),
     (_text("path,label"), {"label_columns": "breed"}, "has no column 'breed'"),
     ("path,label\n0.jpg,cat\n", {}, "one class only, cat"), ("path,label\n", {}, "no labels"), ("", {}, "is empty"),
     ("filename,width,xmin,xmax,class\n0.jpg,1,2,3,cat\n", {}, "lists boxes"),

@@ -27,6 +27,7 @@ from .reading import (
     find_images,
     read_tensor,
     say_shared,
+    without_copies,
 )
 from .report import DataReport, SplitReport, say
 from .splits import split_of, visible_files
@@ -470,7 +471,8 @@ class Finder:
 
 def walk(folder: Path, endings: Sequence[str]) -> list[Path]:
     """The visible files below a folder whose names, in lower case, end so; in a fixed order."""
-    return sorted(file for file in visible_files(folder) if file.name.lower().endswith(tuple(endings)))
+    return without_copies(sorted(
+        file for file in visible_files(folder) if file.name.lower().endswith(tuple(endings))))
 
 
 def split_of_path(file: Path, root: Path) -> str | None:

@@ -11,12 +11,13 @@ from typing import Literal, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from .pixels import AS_SEEN, ENDINGS, UNREAD, Decoding, Look
+from .pixels import ARRAY, AS_SEEN, ENDINGS, UNREAD, Decoding, Look
 from .report import say
 from .splits import visible_files
 
 __all__ = ["EXTENSIONS", "Faults", "check_images", "decoding_fault", "find_faults", "find_images", "header_fault",
-           "is_image", "only_images", "read_image", "read_tensor", "result_names", "say_shared", "shared_files"]
+           "is_image", "only_images", "read_image", "read_tensor", "result_names", "say_shared", "shared_files",
+           "without_copies"]
 
 EXTENSIONS = ", ".join(ending for ending in ENDINGS if ending not in UNREAD)  # of images, for messages
 UNREADABLE = "the file cannot be read as an image"
@@ -88,7 +89,20 @@ def only_images(files: list[Path], folder: Path) -> list[Path]:
     if others:
         say(f"{folder} holds {len(others)} files that are not images by their name, "
                        f"such as {others[0].name}: they are not read.")
-    return [file for file in files if is_image(file)]
+    return without_copies([file for file in files if is_image(file)])
+
+
+def without_copies(images: list[Path]) -> list[Path]:
+    """The images without arrays that lie beside a picture of the same name, such as the caches of other trainers."""
+    if not any(file.suffix.lower() == ARRAY for file in images):
+        return images
+    pictures = {file.with_suffix("") for file in images if file.suffix.lower() != ARRAY}
+    copies = [file for file in images if file.suffix.lower() == ARRAY and file.with_suffix("") in pictures]
+    if copies:
+        say(f"{len(copies)} arrays, such as {copies[0]}, lie beside a picture of the same name: they are not read.")
+        known = set(copies)
+        return [file for file in images if file not in known]
+    return images
 
 
 def is_image(file: Path) -> bool:

@@ -1,8 +1,10 @@
 """Images with their labels in a table (CSV, TSV): one class each, or any number of them."""
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -302,12 +304,16 @@ class _Table:
         else:
             lines = lines[1:]
         self.header = header
+        twice = next((name for name, count in Counter(header).items() if name and count > 1), None)
+        if twice is not None:
+            raise ValueError(f"{file} has two columns called {twice!r}: rename one")
         path = self._column(path_column, "path_column") or _one_of(header, PATHS)
         if path is None:
             raise ValueError(f"{file}: none of the columns {_shorten(header)} has a usual name of the files (path, "
                              "file, image, ...): set path_column to it")
         splits = self._column(split_column, "split_column") or _one_of(header, SPLITS)
-        rest = [name for name in header if name not in (path, splits) and name]
+        rest = [name for name in header if name not in (path, splits) and name
+                and not name.lower().startswith("unnamed:")]  # pandas' numbers of the rows
         if {"xmin", "xmax"} <= set(map(_plain, header)) or "bbox" in map(_plain, header):
             raise ValueError(f"{file} lists boxes ({_shorten(header)}): export them in COCO's, YOLO's or VOC's format")
         marks = {name: {cells[header.index(name)].strip().lower() for _, cells in lines if len(cells) == len(header)}
@@ -445,13 +451,13 @@ def _read(file: Path, most: int | None = None) -> list[tuple[int, list[str]]]:
         raise ValueError(f"{file} is no text: save the table as CSV in UTF-8")
     if "\0" in text:
         raise ValueError(f"{file} is no text: save the table as CSV in UTF-8")
-    lines = text.splitlines(keepends=True)
-    told = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None  # Excel's
-    skipped = 1 if told else 0
-    separator = told[1] if told else _cell_separator(lines[:50])
-    reader = csv.reader(lines[skipped:][:most], delimiter=separator, skipinitialspace=True)
+    told = re.match(r"sep=(.)\s*?(?:\r\n|\n|\r)", text)  # Excel's
+    skipped, text = (1, text[told.end():]) if told else (0, text)
+    separator = told[1] if told else _cell_separator(list(islice(io.StringIO(text, newline=""), 50)))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     try:
-        return [(reader.line_num + skipped, cells) for cells in reader if any(cell.strip() for cell in cells)]
+        return [(reader.line_num + skipped, cells) for cells in islice(reader, most)
+                if any(cell.strip() for cell in cells)]
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num + skipped}: {error}") from error
 
@@ -499,7 +505,7 @@ def _order(name: str) -> tuple[float, str]:
 def _alike(names: list[str]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(_plain(name) or name, []).append(name)
+        groups.setdefault(re.sub(r"[\s_-]+", " ", name.casefold()), []).append(name)
     return list(groups.values())
 
 
