@@ -150,3 +150,18 @@ def test_torch_onnx_export_called_directly(name, grad, tmp_path):
     found, = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():
         same(torch.from_numpy(found), model(images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_agent_pvt", "test_biformer", "test_dinat", "test_routing_vit"])
+def test_openvino_converts_modules(name):
+    """As its guide shows: by a trace of the module with an example."""
+    openvino = pytest.importorskip("openvino")  # which the oldest versions go without
+    model, size = build(name)
+    images = torch.randn(1, 3, *size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(model, example_input=images)
+    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.inference_mode():
+        same(torch.from_numpy(next(iter(compiled(images.numpy()).values()))), model(images))
