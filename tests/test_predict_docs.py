@@ -51,6 +51,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_commands(folder, monkeypatch):
     ran = []
     for command in COMMANDS:

@@ -52,6 +52,14 @@ def test_names_of_images_are_those_of_their_results(tmp_path):
     assert all(path.is_file() and path.is_relative_to(tmp_path) for path in written)
 
 
+def test_tables_of_no_image(tmp_path):
+    ClassificationTask("test_dinat", num_classes=2).open_results(tmp_path).close()
+    DetectionTask("test_dinat", num_classes=1, fpn_channels=64).open_results(tmp_path).close()
+    assert (tmp_path / "predictions.csv").read_text() == "file,class,probability,class_2,probability_2\n"
+    assert json.loads((tmp_path / "predictions.json").read_text()) == []
+    assert json.loads((tmp_path / "predictions_coco.json").read_text())["images"] == []
+
+
 def test_classes_of_several_labels(tmp_path):
     """A row for each image, twice in the same folder."""
     task = ClassificationTask("test_dinat", num_classes=3, class_names=["a", "b", "c"], multi_label=True)

@@ -5,6 +5,11 @@ What a task may ask of a data module: the attributes ``num_classes`` and ``class
 ``multi_label`` (3 and False if absent) from construction on, and batches. H and W may differ from image to image where
 a batch is a list.
 
+``image_settings``, plain values that checkpoints keep, say how ``visionattn predict`` makes images of files: the fields
+of ``visionattn.data.pixels.Decoding`` that differ as a dict ``decoding``, and beside them ``image_size``,
+``interpolation``, ``crop_pct``, ``mean`` and ``std`` for classification, ``short_side`` and ``max_size`` for
+segmentation. Without them that command has no predictions.
+
 Classification
     ``(images [B, C, H, W] float32 normalised, labels [B] int64)`` for training and evaluation, where ``multi_label``
     labels are ``[B, classes]`` float32, 0 and 1;

@@ -128,11 +128,7 @@ class ClassificationResults(Results):
 
     def write(self, file: str, best: list[tuple[str, float]]) -> None:
         """Adds the row of one image."""
-        if self._file is None:
-            self._file = _opened(self.folder / self.files[0])
-            more = [f"{column}_{rank}" for rank in range(2, 1 + len(best)) for column in ("class", "probability")]
-            csv.writer(self._file).writerow(["file", "class", "probability", *more])
-        csv.writer(self._file).writerow([file, *(text for name, value in best for text in (name, f"{value:.6f}"))])
+        self._table().writerow([file, *(text for name, value in best for text in (name, f"{value:.6f}"))])
         self.count += 1
 
     def draw(self, name: str, image: Image.Image, best: list[tuple[str, float]]) -> None:
@@ -141,12 +137,24 @@ class ClassificationResults(Results):
 
     def close(self) -> str:
         """Completes the table."""
+        self._table()
         _complete(self._file, self.folder / self.files[0])
         return f"Predictions of {self.count} images are in {self.folder / self.files[0]}"
 
     def abandon(self) -> None:
         """Closes and removes the table."""
         _remove(self._file, self.folder / self.files[0])
+
+    def _columns(self) -> list[str]:
+        pair, ranks = ("class", "probability"), range(2, 1 + min(_RANKS, len(self.names)))
+        return ["file", *pair, *(f"{column}_{rank}" for rank in ranks for column in pair)]
+
+    def _table(self) -> Any:
+        """What writes rows, with the columns' names before the first."""
+        if self._file is None:
+            self._file = _opened(self.folder / self.files[0])
+            csv.writer(self._file).writerow(self._columns())
+        return csv.writer(self._file)
 
 
 class MultilabelResults(ClassificationResults):
@@ -169,16 +177,16 @@ class MultilabelResults(ClassificationResults):
 
     def write(self, file: str, best: list[tuple[str, float]]) -> None:
         """Adds the row of one image."""
-        if self._file is None:
-            self._file = _opened(self.folder / self.files[0])
-            csv.writer(self._file).writerow(["file", "labels", *self.names])
         present = "|".join(name for name, _ in self._present(best))
-        csv.writer(self._file).writerow([file, present, *(f"{value:.6f}" for _, value in best)])
+        self._table().writerow([file, present, *(f"{value:.6f}" for _, value in best)])
         self.count += 1
 
     def draw(self, name: str, image: Image.Image, best: list[tuple[str, float]]) -> None:
         """Writes the picture of one image with the classes that it has."""
         self.parts["pictures"].save(draw_classes(image, sorted(self._present(best), key=lambda one: -one[1])), name)
+
+    def _columns(self) -> list[str]:
+        return ["file", "labels", *self.names]
 
     def _present(self, best: list[tuple[str, float]]) -> list[tuple[str, float]]:
         return [(name, value) for name, value in best if value >= self.thresholds[name]]
