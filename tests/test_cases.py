@@ -327,7 +327,7 @@ def test_coco_name_climbs_out(root):
     run = root.parent / "deep" / "run"
     assert main(command("detection", root, run)) == 0
     before = {path for path in root.parent.rglob("*") if not path.is_relative_to(run)}
-    assert main(["predict", "--config", str(run / "config.yaml")]) == 0
+    assert main(["predict", "--config", str(run / "config.yaml")]) == 0  # which takes the names of the data file
     assert {path for path in root.parent.rglob("*") if not path.is_relative_to(run)} == before
     assert len(list((run / "pictures").rglob("*.png"))) == 4
 
@@ -447,6 +447,36 @@ def test_masks_one_damaged(root, check, fit):
     assert table(check(code=1)) == {"train": 7, "val": 4}
 
 
+# Tables of labels
+
+def table_of(root, rows, head="image,label"):
+    for index in range(12):
+        save(root / "images" / f"{index}.jpg", picture(index, colour=tuple(COLOURS.values())[index % 3]))
+    (root / "labels.csv").write_text("\n".join([head, *rows]) + "\n")
+
+
+@pytest.mark.parametrize(("labels", "counts"), [
+    (["cat", "dog", "fox"], "cat             3      1"), (["cat|dog", "dog", "fox"], "cat             3      1"),
+    (["1,0,0", "0,1,0", "0,0,1"], "cat             3      1"),
+])
+def test_a_table(root, check, labels, counts):
+    head = "image,label" if "," not in labels[0] else "image,cat,dog,fox"
+    table_of(root, [f"{index}.jpg,{labels[index % 3]}" for index in range(12)], head)
+    said = check()
+    assert counts in said
+    assert "CsvData: labels.csv lists images and labels" in said
+
+
+def test_a_table_with_bad_rows(root, check, fit):
+    good = [f"{index}.jpg,{'cat' if index % 2 else 'dog'}" for index in range(12)]
+    table_of(root, [*good, "99.jpg,cat", "3.jpg,dog"])
+    assert "labels.csv, line 14: there is no such file" in fit("--data", "CsvData", "--data.root", root, code=1)
+    said = check(code=1)
+    assert "1 left out: there is no such file" in said
+    assert "1 left out, with the other: the image is listed before, with another label" in said
+    assert sum(table(said).values()) == 11
+
+
 # Runs
 
 def test_same_stem(root):
@@ -456,9 +486,10 @@ def test_same_stem(root):
     assert main(command("segmentation", root, run)) == 0
     for count, name in enumerate(("old.jpg", "a.jpg", "a.png", "b/a.jpg")):
         save(inbox / name, picture(count))
-    predict = ["predict", "--config", str(run / "config.yaml"), "--data.init_args.predict_root", str(inbox)]
+    predict = ["predict", str(run), str(inbox)]
     assert main(predict) == 0
     (inbox / "old.jpg").unlink()
+    shutil.rmtree(root)  # which is not needed
     assert main(predict) == 0
     found = sorted(str(path.relative_to(run / "predictions")) for path in (run / "predictions").rglob("*.png"))
     assert found == ["a.jpg.png", "a.png.png", os.path.join("b", "a.png")]
