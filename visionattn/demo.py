@@ -25,6 +25,7 @@ from . import cli
 from .data import DigitsData
 from .data.digits import MEAN, STD
 from .tasks.rebuild import create_model
+from .tasks.summary import write_readme
 from .visualize import draw_routes
 
 __all__ = ["main"]
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> int:
     elif not code:
         code, results = _predict_and_draw(run, task)
     if not code:
+        write_readme(run)
         _summarise(demo, run, results, time.monotonic() - start)
     return code
 

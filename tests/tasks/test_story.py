@@ -43,7 +43,7 @@ def test_every_line_of_a_run(recipe, table, tmp_path):
     assert [epoch and epoch[1] for epoch in epochs] == ["1", "2"], rest
     assert re.fullmatch(r"Trained 2 epochs in \d:\d\d: best val/\w+ [\d.]+ in epoch \d", rest[3])
     assert rest[4].startswith(f"Test of {tmp_path}/run/checkpoints/best.ckpt: ")
-    assert len(rest) == 5, rest
+    assert rest[5:] == [f"What is in {tmp_path}/run is listed in {tmp_path}/run/README.txt"]
 
 
 def test_lines_say_what_metrics_has(tmp_path, capfd):

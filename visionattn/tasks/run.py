@@ -121,6 +121,8 @@ class _RunCLI(LightningCLI):
             return f"run the same {self.subcommand} again"
         if self._trained:
             return f"what is trained is tested by: {shlex.join(['visionattn', 'test', '--config', config])}"
+        if not Path(config).is_file():
+            return "nothing was trained yet"
         if not last.is_file():
             return f"no epoch was finished, so start again: {shlex.join(['visionattn', 'fit', '--config', config])}"
         return f"go on with: {shlex.join(['visionattn', 'fit', '--config', config, '--ckpt_path', 'last'])}"
