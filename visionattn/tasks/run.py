@@ -404,7 +404,7 @@ def _silence() -> None:
     for message in _NO_NEWS_WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed",
-                 "pytorch.trainer.connectors.signal_connector"):
+                 "fabric.utilities.distributed", "pytorch.trainer.connectors.signal_connector"):
         logging.getLogger(f"lightning.{name}").addFilter(_has_news)
 
 
@@ -421,6 +421,8 @@ _NO_NEWS_WARNINGS = (  # the beginnings of warnings that a user of the command c
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the norms that frozen_norms asks for
     "The '.*dataloader' does not have many workers",  # images/s are said; the data module's num_workers is its choice
     "Using `DistributedSampler` with the dataloaders",  # ours shows every image once
+    r"It is recommended to use `self\.log\(",  # what is logged is of all processes already
+    "Grad strides do not match bucket view strides",  # of depthwise convolutions on several devices
 )
 _NO_NEWS = (  # the beginnings of what Lightning logs: advertisements, what is said in lines of our own, what is usual
     "💡", "TPU available", "GPU available", "Seed set to", "Loading `train_dataloader` to estimate",

@@ -53,7 +53,7 @@ class EpochLines(pl.Callback):
         share = "all trained" if trained == total else f"{trained:,} of them trained"
         devices = f"{trainer.world_size} x " * (trainer.world_size > 1)
         last = _last_epoch(trainer)
-        goal = f"{last} epochs" if last else "without an end"
+        goal = f"{last} epoch{'s' * (last > 1)}" if last else "without an end"
         resumed = f", from epoch {trainer.current_epoch + 1} on" if trainer.current_epoch else ""
         _say(trainer, f"Training {name} ({total:,} parameters, {share}) on {devices}{device_name(pl_module.device)}: "
                       f"{goal} of {trainer.num_training_batches} batches{resumed}")
@@ -82,7 +82,7 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the line."""
-        pl_module.log("lr", self._rate)
+        pl_module.log("lr", self._rate, sync_dist=True)
         metrics = trainer.callback_metrics  # computed by all processes together
         now = time.monotonic()
         trained = now - self._epoch_started - self._validating
