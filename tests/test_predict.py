@@ -206,6 +206,8 @@ def test_labels_are_those_of_the_checkpoint(tmp_path):
     assert {file.parent.name: label for file, label in data.samples["test"]} == {"dog": 2, "Emu": 0}
     with pytest.raises(ValueError, match="has no folder train, whose images are needed"):
         data.setup("fit")
+    with pytest.raises(ValueError, match="dog is a class that is not among those that were trained: emu, cat"):
+        ImageFolderData(str(tmp_path / "folders"), class_names=["emu", "cat"])
 
     yolo = tmp_path / "yolo"
     write_image(yolo / "images" / "test" / "a.png")

@@ -110,6 +110,7 @@ class ImageFolderData(ClassificationData):
         self.val_fraction, self.given = val_fraction, bool(classes)
         self.root, self.folders = _find_splits(Path(root), classes, bool(class_names))
         self.classes = {split: _class_folders(folder, classes) for split, folder in self.folders.items()}
+        self.known = bool(class_names)
         self.class_names = class_names or list(self.classes["train"])
         self.num_classes = len(self.class_names)
         if self.num_classes < 2:
@@ -183,8 +184,8 @@ class ImageFolderData(ClassificationData):
         for name, path in self.classes[split].items():
             own = name if name in self.class_names else names.get(_folded(name))
             if own is None or own in matched:
-                others = f"{self.folders['train']} does not have; it has" if "train" in self.folders else (
-                    "was not trained; the classes are")
+                others = "is not among those that were trained:" if self.known else (
+                    f"{self.folders['train']} does not have; it has")
                 raise ValueError(f"{path} is a class that {others} {_shorten(self.class_names)}")
             matched[own] = path
         self.classes[split] = matched

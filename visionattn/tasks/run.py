@@ -138,7 +138,7 @@ class _RunCLI(LightningCLI):
                 config.trainer = relocated(config.trainer, moved)
         self._ckpt_path = _find_checkpoint(str(self.subcommand), config.ckpt_path, run, config.model.init_args)
         if self.subcommand != "fit" and self._ckpt_path:
-            _take_classes(self._ckpt_path, config.data.get("init_args"))
+            _take_classes(self._ckpt_path, (config.get("data") or {}).get("init_args"))
         config.ckpt_path = None  # config.yaml describes the run, not how it was resumed
         self._classes = {name: config.model.init_args.get(name) for name in FROM_DATA}
         self._config_to_save = self.config.clone()
