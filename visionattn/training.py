@@ -27,6 +27,7 @@ from .data.reading import is_image
 from .data.segmentation_folder import SegmentationFolderData
 from .data.splits import visible_files
 from .tasks import run as run_cli
+from .tasks.summary import write_readme
 from .weights import check_name
 
 __all__ = ["TrainedRun", "main", "train"]
@@ -119,6 +120,7 @@ def _train(folder: str | Path, model: str | None, task: Any, options: list[str])
     trained = TrainedRun(run, metrics, checkpoint, _export(kind, run, checkpoint), command)
     if metrics:
         _predict(run, data)
+    write_readme(run)
     _summarise(trained)
     return trained
 

@@ -62,7 +62,8 @@ class Matches(NamedTuple):
         colours = [FOUND if true == predicted else FALSE for true, predicted in self.pairs]
         colours += [MISSED] * len(self.missed) + [FALSE] * len(self.false)
         draw = ImageDraw.Draw(photo)
-        for (left, top, right, bottom), colour in zip((self.boxes * zoom).tolist(), colours, strict=True):
+        boxes = zip((self.boxes * zoom).tolist(), colours, strict=True)
+        for (left, top, right, bottom), colour in sorted(boxes, key=lambda box: box[1] != FALSE):  # false ones lowest
             draw.rectangle((left, top, max(right, left + 1), max(bottom, top + 1)), outline=colour, width=2)
         confused = [f"{names[true - 1]} as {names[predicted - 1]}"
                     for true, predicted in self.pairs if true != predicted]
@@ -120,4 +121,4 @@ def _listed(what: str, names: list[str]) -> str:
     if not names:
         return f"nothing {what}"
     counts = Counter(names)
-    return f"{what} " + ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.most_common())
+    return f"{what} " + ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counts.most_common())
