@@ -311,7 +311,7 @@ class ClassificationTask(Task):
         logits = self(images)
         if self.args.multi_label:
             loss.update(binary_cross_entropy_with_logits(logits, labels.float()), weight=len(labels))
-            (self.val_scores if split == "val" else self.test_scores).update(logits.sigmoid(), labels)
+            (self.val_scores if split == "val" else self.test_scores).update(logits.float().sigmoid(), labels)
             self.log(f"{split}/loss", loss)
             return logits
         loss.update(cross_entropy(logits, labels), weight=len(labels))
