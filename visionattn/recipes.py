@@ -50,6 +50,9 @@ def with_recipes(argv: Sequence[str]) -> list[str]:
     """The command line ``argv`` with the files of recipes in place of the names that ``--config`` gives.
 
     A file that exists goes before a recipe of its name; a value of several lines or keys is a configuration itself.
+
+    Raises:
+        argparse.ArgumentError: There is neither.
     """
     found = list[str]()
     for argument in argv:
@@ -66,7 +69,10 @@ def _file(value: str) -> str:
     file = Path(value)
     if re.search(r"[:{\n]\s", value) or value.lstrip().startswith("{") or (file.exists() and not file.is_dir()):
         return value
-    return str(find_recipe(value))
+    try:
+        return str(find_recipe(value))
+    except ValueError as error:
+        raise argparse.ArgumentError(None, str(error)) from None
 
 
 def _about(path: Path) -> str:
