@@ -22,7 +22,7 @@ from huggingface_hub import constants as hub
 
 from . import export, predict
 from .data.guess import DataKind, guess_data
-from .data.pixels import AS_SEEN
+from .data.pixels import Decoding
 from .data.reading import is_image
 from .data.segmentation_folder import SegmentationFolderData
 from .data.splits import visible_files
@@ -164,10 +164,10 @@ class _Images(NamedTuple):
         return f"{self.number} image files, in the middle {self.short} x {self.long} pixels"
 
 
-def _look(root: Path) -> _Images:
-    """Looks at the images below a folder, or beside a file."""
+def _look(root: Path, channels: int) -> _Images:
+    """Looks at the images of so many channels below a folder, or beside a file."""
     files = [file for file in visible_files(root if root.is_dir() else root.parent) if is_image(file)]
-    looks = [AS_SEEN.look(file) for file in files[::math.ceil(len(files) / LOOKED_AT) or 1]]
+    looks = [Decoding(channels=channels).look(file) for file in files[::math.ceil(len(files) / LOOKED_AT) or 1]]
     sizes = [look.size for look in looks if not look.fault] or [(512, 512)]
     return _Images(len(files), round(statistics.median(map(min, sizes))), round(statistics.median(map(max, sizes))),
                    2 * sum(width >= height for width, height in sizes) >= len(sizes))
@@ -185,7 +185,8 @@ def _choose(kind: DataKind, model: str | None, given: dict[str, str]) -> dict[st
     if not trained and "model.pretrained" not in given:
         trained = settings["model.pretrained"] = _fetch_weights(backbone)
     settings["data.num_workers"] = min(8, len(os.sched_getaffinity(0)) // 2)
-    images, large = _look(Path(kind.arguments["root"])), torch.cuda.is_available()
+    images = _look(Path(kind.arguments["root"]), int(given.get("data.in_chans", 3)))
+    large = torch.cuda.is_available()
     choose = {"classification": _for_classes, "detection": _for_boxes, "segmentation": _for_masks}[kind.task]
     return settings | choose(backbone, images, trained, large)
 
@@ -277,7 +278,8 @@ def _reachable(url: str) -> bool:
 def _export(kind: DataKind, run: Path, checkpoint: Path) -> Path | None:
     """Writes the ONNX file for images like those of the data; says why where there is none."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    data, model, images = config["data"]["init_args"], config["model"]["init_args"], _look(Path(kind.arguments["root"]))
+    data, model = config["data"]["init_args"], config["model"]["init_args"]
+    images = _look(Path(kind.arguments["root"]), data["in_chans"])
     if kind.task == "classification":
         size = [data["image_size"]]
     else:

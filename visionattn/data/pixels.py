@@ -227,8 +227,8 @@ class Decoding(NamedTuple):
         if array.ndim == 2:
             array = array[..., None]
         if array.ndim != 3 or array.shape[-1] != self.channels or array.dtype.kind not in "buif" or not array.size:
-            raise ValueError(f"it is an array of {shape} {array.dtype}, not of height x width x {self.channels} (the "
-                             "channels are in_chans) numbers")
+            raise ValueError(f"it is an array of {shape} {array.dtype}, not of height x width x {self.channels} "
+                             "numbers: set in_chans to the number of channels")
         if array.shape[0] * array.shape[1] > self.max_pixels:
             raise ValueError(f"it has {shape} values, more pixels than max_pixels ({self.max_pixels}) allows")
         return array
