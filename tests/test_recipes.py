@@ -42,7 +42,7 @@ def test_a_file_of_that_path_goes_first(tmp_path, monkeypatch, capsys):
 
 
 def test_a_slip_is_answered_by_similar_names(capfd):
-    assert main(["fit", "--config", "imagefolder_finetunes"]) == 1
+    assert main(["fit", "--config", "imagefolder_finetunes"]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
     assert "similar names: imagefolder_finetune" in line
 
