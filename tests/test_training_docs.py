@@ -29,7 +29,7 @@ def _commands(name):
     """Those about a recipe, or about VOC's files (``VOC2012``)."""
     lines = [" ".join(command) for command in COMMANDS]
     return [command for command, line in zip(COMMANDS, lines, strict=True)
-            if (name in line if name == "VOC2012" else f"/{name}" in line and "VOC2012" not in line)]
+            if (name in line if name == "VOC2012" else re.search(rf"\b{name}", line) and "VOC2012" not in line)]
 
 
 def _run(commands, recipe):
@@ -61,7 +61,7 @@ def test_every_command_is_of_a_walk_or_of_a_large_data_set():
              *_commands("folder_finetune")]
     assert [command[1] for command in walks].count("export") == 3
     for command in COMMANDS:
-        if command not in walks:
+        if command not in [*walks, ["visionattn", "train", "photos"]]:  # test_readme.py runs that
             assert command[:3] == ["visionattn", "fit", "--config"]
             assert "data/" in (ROOT / command[3]).read_text()
 

@@ -42,6 +42,7 @@ RECIPES = {
 FEWER = "; expect less than with trained ones, above all of few images (take a file by --model.checkpoint_path FILE)"
 LOOKED_AT = 200  # images whose size is looked at
 SHOWN = 24  # images whose predictions are drawn
+FEW = 2000  # images, below which a run is made to take minutes
 STEP = 32  # lengths of images are multiples of it
 
 
@@ -103,6 +104,15 @@ def _train(folder: str | Path, model: str | None, task: Any, options: list[str])
     _say(f"{folder}: {kind.task}, read by {kind.module}: {kind.why}.")
     if given.get("trainer.devices", "1") not in ("1", "auto"):
         raise ValueError("train runs on one device: for several run the fit command that it prints without the option")
+    offline = hub.HF_HUB_OFFLINE  # which may be set on the way
+    try:
+        return _train_as(kind, folder, model, given, options)
+    finally:
+        hub.HF_HUB_OFFLINE = offline
+
+
+def _train_as(
+        kind: DataKind, folder: str | Path, model: str | None, given: dict[str, str], options: list[str]) -> TrainedRun:
     chosen = _choose(kind, model, given)
     run = Path(given.get("trainer.default_root_dir") or _free_folder(Path(folder), "ckpt_path" in given))
     chosen |= {"trainer.default_root_dir": str(run), "trainer.devices": 1}
@@ -184,7 +194,7 @@ def _choose(kind: DataKind, model: str | None, given: dict[str, str]) -> dict[st
     trained = given.get("model.pretrained") == "true" or "model.checkpoint_path" in given
     if not trained and "model.pretrained" not in given:
         trained = settings["model.pretrained"] = _fetch_weights(backbone)
-    settings["data.num_workers"] = min(8, len(os.sched_getaffinity(0)) // 2)
+    settings["data.num_workers"] = min(8, (os.cpu_count() or 1) // 2)
     images = _look(Path(kind.arguments["root"]), int(given.get("data.in_chans", 3)))
     large = torch.cuda.is_available()
     choose = {"classification": _for_classes, "detection": _for_boxes, "segmentation": _for_masks}[kind.task]
@@ -198,7 +208,7 @@ def _for_classes(backbone: str, images: _Images, trained: bool, large: bool) -> 
     if cfg is not None and cfg.fixed_input_size:
         side = cfg.input_size[-1]
     _say(f"{images.describe()}: {backbone} sees {side} x {side}.")
-    few = images.number < 2000
+    few = images.number < FEW
     settings: dict[str, Any] = {"data.image_size": side, "data.batch_size": 16 if few and not large else 64}
     if few:  # which a strong augmentation keeps from being learned at all
         settings |= {"data.scale": [0.5, 1.0], "data.auto_augment": None, "data.random_erasing": 0.0,
@@ -214,7 +224,7 @@ def _for_boxes(backbone: str, images: _Images, trained: bool, large: bool) -> di
     sides = [_multiple(0.75 * side), side + STEP, side]  # evaluation takes the last
     settings: dict[str, Any] = {"model.min_size": sides, "model.max_size": longest}
     if not large:
-        settings["model.fpn_channels"] = 64
+        settings |= {"model.fpn_channels": 64} | ({"trainer.max_epochs": 12} if images.number < FEW else {})
     return settings | ({} if trained else {"model.lr": 1e-3})
 
 
@@ -225,6 +235,7 @@ def _for_masks(backbone: str, images: _Images, trained: bool, large: bool) -> di
     settings: dict[str, Any] = {"data.crop_size": side, "data.short_side": side}
     if not large:
         settings |= {"model.head": "semantic_fpn", "model.head_channels": 64, "model.auxiliary_weight": 0.0}
+        settings |= {"trainer.max_epochs": 16} if images.number < FEW else {}
     return settings | ({} if trained else {"model.lr": 1e-3})
 
 
