@@ -234,7 +234,7 @@ def _for_masks(backbone: str, images: _Images, trained: bool, large: bool) -> di
     _say(f"{images.describe()}: {backbone} sees them with a shorter side of {side}.")
     settings: dict[str, Any] = {"data.crop_size": side, "data.short_side": side}
     if not large:
-        settings |= {"model.head": "semantic_fpn", "model.head_channels": 64, "model.auxiliary_weight": 0.0}
+        settings |= {"model.head_channels": 64, "model.auxiliary_weight": 0.0}
         settings |= {"trainer.max_epochs": 16} if images.number < FEW else {}
     return settings | ({} if trained else {"model.lr": 1e-3})
 
