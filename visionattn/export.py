@@ -3,7 +3,7 @@
 A classifier's file takes ``images [batch, channels, height, width]``, normalised as in training, and gives ``logits
 [batch, classes]``. A segmenter's takes ``images [batch, 3, height, width]`` in [0, 1] and gives ``logits [batch,
 classes, height, width]``. The batch size is free; with ``--dynamic-size`` height and width are too, in multiples of 32,
-except UPerNet's and Agent-Swin's.
+except UPerNet's.
 
 A detector's file takes one ``image [3, height, width]`` in [0, 1], of one size, and gives ``boxes [N, 4]`` (x1, y1,
 x2, y2 in pixels of the image), ``labels [N]`` from 1 on, ``scores [N]``, and of Mask R-CNN ``masks [N, 1, height,
@@ -33,7 +33,6 @@ from . import __version__
 from .dense import DenseBackbone
 from .heads import PyramidPooling, Segmenter
 from .heads.detector import DETECTORS
-from .models import family_of
 from .tasks.rebuild import create_model
 
 __all__ = ["ExportReport", "export_onnx"]
@@ -81,15 +80,14 @@ def export_onnx(
             was made for, and of a detector the square that it does not resize. (Its file resizes other images as it
             does itself.)
         dynamic_size: Leave height and width free as well, in multiples of 32; then two more sizes are checked. Not for
-            detectors, UPerNet and Agent-Swin.
+            detectors and UPerNet.
         fuse: Fold batch norms and the like into the layers beside them first, where the model's layers can do that
             (``timm.utils.reparameterize_model``).
         opset: Version of ONNX's operators, 18 to 23; of a detector 18 to 20.
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
-        ValueError: ``dynamic_size`` with a detector, with UPerNet, with Agent-Swin or with sides that are no
-            multiples of 32; an opset out of range.
+        ValueError: ``dynamic_size`` with a detector, with UPerNet or with sides that are no multiples of 32; an opset out of range.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
             onnxruntime's answers differ from eager's.
     """
@@ -111,9 +109,6 @@ def export_onnx(
         raise ValueError(f"the file of a detector has opset {OPSET} at most, {opset} was asked for")
     if dynamic_size and detector:
         raise ValueError("the file of a detector has one image size: leave dynamic_size out")
-    if dynamic_size and not _free_size(model):
-        raise ValueError("torch.export fixes the padding and the shifts of this model's windows, so its file has one "
-                         "image size: leave dynamic_size out")
     if dynamic_size and any(isinstance(module, PyramidPooling) for module in model.modules()):
         raise ValueError("torch.export fixes the grids that UPerNet pools over, so its file has one image size: leave "
                          "dynamic_size out, or train head semantic_fpn")
@@ -158,8 +153,7 @@ def main(argv: list[str]) -> None:
                         help="height and width, or one number for both; if not given, the backbone's own, and of a "
                              "detector the side that it resizes images to")
     parser.add_argument("--dynamic-size", action="store_true",
-                        help="leave height and width free, in multiples of 32 (not for detectors, UPerNet and "
-                             "Agent-Swin)")
+                        help="leave height and width free, in multiples of 32 (not for detectors and UPerNet)")
     parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
     parser.add_argument("--opset", type=int, default=OPSET, choices=OPSETS, metavar="N",
                         help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})")
@@ -216,7 +210,9 @@ def _maps_or_logits(
         # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
         rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
         free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
-    proto = _graph(model, torch.randn(2, channels, *size), opset, dynamic_shapes=(free,), input_names=["images"],
+    # Of equal sides PyTorch may take one for the other where both are free.
+    example = size if not dynamic_size or size[0] != size[1] else (size[0], size[1] + MULTIPLE)
+    proto = _graph(model, torch.randn(2, channels, *example), opset, dynamic_shapes=(free,), input_names=["images"],
                    output_names=names)
     sizes = [size, (size[0] + 32, size[1]), (size[0], size[1] + 64)] if dynamic_size else [size]
     return proto, _Check(
@@ -257,13 +253,6 @@ def _image_shape(model: Any) -> tuple[int, int, int]:
     channels = getattr(inner, "in_chans", first.in_channels if first else channels)
     made_for = getattr(inner, "img_size", None) or getattr(getattr(inner, "patch_embed", None), "img_size", None)
     return channels, *(to_2tuple(made_for) if made_for else (height, width))
-
-
-def _free_size(model: Any) -> bool:
-    """Whether the family of a classifier or of a segmenter's backbone exports with free sizes."""
-    name = getattr(_timm_model(model), "pretrained_cfg", {}).get("architecture")
-    family = family_of(name) if name and timm.is_model(name) else None
-    return family is None or family.free_size
 
 
 def _facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -63,7 +63,6 @@ class Family:
             ``"detection"`` or ``"segmentation"``; they change no weight.
         dense_norm: The norms of the authors' dense backbones, None for none.
         checkpoint_filter_fn: Renames the entries of the authors' checkpoints to ours and leaves ours as they are.
-        free_size: Whether exported programs may leave height and width of the images free.
         reductions: Strides of the maps on the image, in pixels; a single one for a family of one resolution.
     """
 
@@ -73,7 +72,6 @@ class Family:
     dense_args: Callable[[str, str], dict[str, Any]] = no_dense_args
     dense_norm: DenseNorm | None = None
     checkpoint_filter_fn: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = same_names
-    free_size: bool = True
     reductions: Sequence[int] = (4, 8, 16, 32)
 
     def dense_settings(self, name: str, task: str) -> dict[str, Any]:
