@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
@@ -87,7 +86,8 @@ def export_onnx(
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
-        ValueError: ``dynamic_size`` with a detector, with UPerNet or with sides that are no multiples of 32; an opset out of range.
+        ValueError: ``dynamic_size`` with a detector, with UPerNet or with sides that are no multiples of 32; an
+            opset out of range.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
             onnxruntime's answers differ from eager's.
     """
@@ -210,8 +210,10 @@ def _maps_or_logits(
         # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
         rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
         free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
-    # Of equal sides PyTorch may take one for the other where both are free.
-    example = size if not dynamic_size or size[0] != size[1] else (size[0], size[1] + MULTIPLE)
+    example = size
+    if dynamic_size:
+        # PyTorch takes lengths that are 1 in the example, such as the number of windows, for 1 in every image.
+        example = 2 * max(size[0], own_size[0]), 2 * max(size[1], own_size[1])
     proto = _graph(model, torch.randn(2, channels, *example), opset, dynamic_shapes=(free,), input_names=["images"],
                    output_names=names)
     sizes = [size, (size[0] + 32, size[1]), (size[0], size[1] + 64)] if dynamic_size else [size]
