@@ -26,6 +26,7 @@ def no_warnings():
     """Such as those of a letter that no font has."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=UserWarning, module="matplotlib|visionattn")
+        warnings.filterwarnings("ignore", "'.*' deprecated - use")  # older matplotlib's use of pyparsing
         yield
 
 

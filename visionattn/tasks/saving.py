@@ -51,8 +51,9 @@ class WholeFiles(TorchCheckpointIO):
                 file.write(buffer.getbuffer())
             unfinished.replace(path)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:  # also of an interrupt
+            unfinished.unlink(missing_ok=True)
 
 
 def is_full(error: OSError) -> bool:
