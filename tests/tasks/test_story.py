@@ -75,7 +75,9 @@ def test_interrupted_run_says_how_to_go_on(sign, code, tmp_path):
     with log.open("w") as file:
         process = subprocess.Popen(
             [*COMMAND, *DIGITS, "--trainer.default_root_dir", str(run), "--trainer.max_epochs", "1000"],
-            env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT)
+            env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT,
+            # A shell in the background hands on that interrupts are ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for _ in range(600):
         if "epoch    2/1000" in log.read_text() or process.poll() is not None:
             break
