@@ -224,8 +224,8 @@ def _for_boxes(backbone: str, images: _Images, trained: bool, large: bool) -> di
     sides = [_multiple(0.75 * side), side + STEP, side]  # evaluation takes the last
     settings: dict[str, Any] = {"model.min_size": sides, "model.max_size": longest}
     if not large:
-        settings |= {"model.fpn_channels": 64} | ({"trainer.max_epochs": 12} if images.number < FEW else {})
-    return settings | ({} if trained else {"model.lr": 1e-3})
+        settings |= {"model.fpn_channels": 64} | ({"trainer.max_epochs": 20} if images.number < FEW else {})
+    return settings | ({} if trained else {"model.lr": 1.5e-3})
 
 
 def _for_masks(backbone: str, images: _Images, trained: bool, large: bool) -> dict[str, Any]:
