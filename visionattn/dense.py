@@ -223,8 +223,9 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, boo
     """The model, whether it takes images of any size, and whether these must be cut into whole patches."""
     cfg = timm.get_pretrained_cfg(name)
     fixed = cfg is not None and cfg.fixed_input_size
-    # What timm's vision transformers and Swin transformers call it to take images of any size.
-    for option in ({"dynamic_img_size": True}, {"strict_img_size": False}) if fixed else ():
+    # What timm's Swin and vision transformers call it to take images of any size; the older Swin takes both names, and
+    # heeds one.
+    for option in ({"strict_img_size": False}, {"dynamic_img_size": True}) if fixed else ():
         try:
             return timm_model(name, pretrained=pretrained, **option | args), True, True
         except ValueError as error:
