@@ -163,6 +163,9 @@ class DenseBackbone(nn.Module):
                     channels, eps=self.level_norm.eps, device=weight.device, dtype=weight.dtype)
                 for level, channels in zip(levels, self.channels, strict=True)})
         self.model.prune_intermediate_layers(levels, prune_norm=True, prune_head=True)
+        head = getattr(self.model, "head", None)
+        if isinstance(head, nn.Module) and any(True for _ in head.parameters()):  # older timm leaves ConvNeXt's norm
+            self.model.head = nn.Identity()
 
     def _read(self, path: str, family: Family) -> dict[str, Tensor]:
         """The entries of a checkpoint by our names: those of the model, and those of the norms as ``norms.<level>``."""
