@@ -120,6 +120,11 @@ def export_onnx(
     for item in (*nodes, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del item.metadata_props[:]  # holds stack traces with the paths of the machine that exported
         item.doc_string = ""  # the same
+    # Weights have their shapes themselves; said twice, they bar onnxruntime's quantisation from transposing them.
+    weights = {item.name for item in proto.graph.initializer}
+    inner = [item for item in proto.graph.value_info if item.name not in weights]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(inner)
     domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     if domains or proto.functions:
         raise RuntimeError(f"the export needs operators outside standard ONNX: {', '.join(sorted(domains))}")
