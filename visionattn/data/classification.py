@@ -1,4 +1,5 @@
 """What the classification data have in common, wherever their labels come from: transforms, checks, loaders."""
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -143,9 +144,9 @@ class ClassificationData(LoadedData):
         named = [(file, str(file)) for file in files]
         return self._eval_loader(_Images(named, self.eval_transform, self.decoding))
 
+    @abstractmethod
     def _list_split(self, split: str) -> None:
         """Fills ``samples`` and the report of a split, and of others that are read with it."""
-        raise NotImplementedError
 
     def _keep(self, listed: dict[str, list[Sample]], source: str, faults: Faults) -> None:
         """Keeps samples that were listed and checked, with what was wrong with others of the split ``source``."""

@@ -29,7 +29,7 @@ from .reading import (
     say_shared,
     without_copies,
 )
-from .report import DataReport, SplitReport, say
+from .report import DataReport, SplitReport, say, shortened
 from .splits import split_of, visible_files
 
 __all__ = ["DetectionData", "Finder", "Listed", "Records", "Thing", "split_of_path", "walk"]
@@ -150,7 +150,7 @@ class DetectionData(LoadedData):
         """Raises a ValueError for a class that is not among those that were given."""
         unknown = next((name for name in names if name not in self.known), None)
         if self.known and unknown is not None:
-            raise ValueError(f"{source} has the class {unknown!r}, and the classes are {_shortened(self.known)}")
+            raise ValueError(f"{source} has the class {unknown!r}, and the classes are {shortened(self.known)}")
 
     @abstractmethod
     def _has(self, split: str) -> bool:
@@ -551,10 +551,6 @@ def _apart(edges: tuple[float, float, float, float], extent: list[float]) -> boo
     """Whether a box, by its edges, and another, by left, top, width and height, are more than a pixel apart."""
     left, top, width, height = extent
     return left > edges[2] + 1 or left + width < edges[0] - 1 or top > edges[3] + 1 or top + height < edges[1] - 1
-
-
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
 def _folded(name: str) -> str:

@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 from .classification import ClassificationData, Sample
 from .pixels import MAX_PIXELS
 from .reading import EXTENSIONS, Faults, is_image, only_images
-from .report import say
+from .report import say, shortened
 from .splits import is_visible, split_folders, split_of, visible_files, visible_folders
 
 __all__ = ["ImageFolderData"]
@@ -186,7 +186,7 @@ class ImageFolderData(ClassificationData):
             if own is None or own in matched:
                 others = "is not among those that were trained:" if self.known else (
                     f"{self.folders['train']} does not have; it has")
-                raise ValueError(f"{path} is a class that {others} {_shorten(self.class_names)}")
+                raise ValueError(f"{path} is a class that {others} {shortened(self.class_names)}")
             matched[own] = path
         self.classes[split] = matched
 
@@ -215,7 +215,7 @@ def _find_splits(root: Path, classes: list[str] | None, known: bool) -> tuple[Pa
             if "train" not in named:
                 raise ValueError(f"{root} has a folder {name} but no folder train: put the training images into "
                                  f"{root / 'train'}/<class>{_or_classes(name)}")
-            beside = f" beside {_shorten(others)}" if others else ""
+            beside = f" beside {shortened(others)}" if others else ""
             raise ValueError(f"{root / name}{beside} holds no class folders: expected {root / name}/<class>/*.jpg"
                              f"{_or_classes(name)}")
         filled = [folder for folder in folders if _has_images(folder)]
@@ -224,7 +224,7 @@ def _find_splits(root: Path, classes: list[str] | None, known: bool) -> tuple[Pa
         say(f"{root} holds nothing but the folder {filled[0].name}: its content is read.")
         root = filled[0]
     if others:
-        say(f"{root} has the folders {_shorten(others)} beside its splits: they are not read.")
+        say(f"{root} has the folders {shortened(others)} beside its splits: they are not read.")
     if "test" in named and not visible_folders(named["test"]):
         say(f"{named['test']} holds no class folders, so that there is nothing to measure there.")
         del named["test"]
@@ -268,7 +268,7 @@ def _class_folders(folder: Path, classes: list[str] | None) -> dict[str, Path]:
     if classes:
         found = {name: folder / name for name in classes if (folder / name).is_dir()}
         if not found:
-            raise ValueError(f"{folder} holds none of the folders that classes names: {_shorten(classes)}")
+            raise ValueError(f"{folder} holds none of the folders that classes names: {shortened(classes)}")
         return found
     found = {entry.name: entry for entry in visible_folders(folder)}
     if not found:
@@ -283,16 +283,16 @@ def _class_folders(folder: Path, classes: list[str] | None) -> dict[str, Path]:
     if flat and deep:
         inner = [entry.name for entry in _filled_folders(found[deep[0]])]
         raise ValueError(f"the classes of {folder} are at two depths: {flat[0]} holds images, {deep[0]} only folders "
-                         f"({_shorten(inner)}): put all classes at one depth{_or_classes(deep[0])}")
+                         f"({shortened(inner)}): put all classes at one depth{_or_classes(deep[0])}")
     names = {tuple(_folded(entry.name) for entry in _filled_folders(found[name])) for name in deep}
     if len(deep) > 1 and len(deep) == len(found) and len(names) == 1:
         inner = [entry.name for entry in _filled_folders(found[deep[0]])]
-        raise ValueError(f"all folders of {folder} hold the same folders ({_shorten(inner)}): if those are the "
-                         f"classes, put the images of each together, or call {_shorten(deep)} train and val; if "
-                         f"{_shorten(deep)} are, list them by data.init_args.classes")
+        raise ValueError(f"all folders of {folder} hold the same folders ({shortened(inner)}): if those are the "
+                         f"classes, put the images of each together, or call {shortened(deep)} train and val; if "
+                         f"{shortened(deep)} are, list them by data.init_args.classes")
     if deep:
         inner = [entry.name for entry in _filled_folders(found[deep[0]])]
-        say(f"{folder / deep[0]} holds the folders {_shorten(inner)}: all their images are of the class "
+        say(f"{folder / deep[0]} holds the folders {shortened(inner)}: all their images are of the class "
                        f"{deep[0]}; for other classes set classes to their paths, such as {deep[0]}/{inner[0]}.")
     return found
 
@@ -324,7 +324,3 @@ def _has_images_itself(folder: Path) -> bool:
 def _folded(name: str) -> str:
     """A name regardless of capitals and of how a system writes accents."""
     return unicodedata.normalize("NFC", name).casefold().strip()
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

@@ -76,8 +76,8 @@ def find_folders(
                     raise FileNotFoundError(f"folder {folder} does not exist (image_folder and mask_folder)")
             return _inner_splits(own, theirs, known)
         pair = _by_kind(root, IMAGES), _by_kind(root, MASKS)
-        if None not in pair:
-            return _inner_splits(*pair, known)  # type: ignore[arg-type]
+        if pair[0] and pair[1]:
+            return _inner_splits(pair[0], pair[1], known)
         splits = split_folders(root)
         if splits:
             found = {split: _in_split(root, folder, split) for split, folder in splits.items()}

@@ -177,8 +177,8 @@ class Decoding(NamedTuple):
         least, most = values.min().item(), values.max().item()
         if self.value_range == "file":
             return least, max(most, least + 1e-12)
-        if self.value_range != "type":
-            return self.value_range  # type: ignore[return-value]
+        if not isinstance(self.value_range, str):
+            return self.value_range
         if sixteen and least >= 0 and most < 65536:
             return 0, 65535
         floats = values.dtype.kind == "f"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 
-__all__ = ["DataReport", "SplitReport", "aligned", "say"]
+__all__ = ["DataReport", "SplitReport", "aligned", "say", "shortened"]
 
 IMBALANCE = 10  # ratio of the most to the least frequent class from which it is said
 FEW = 100  # training images below which it is said
@@ -111,6 +111,11 @@ class DataReport:
 def say(text: str) -> None:
     """Logs what the user should know, once; of names that are no text the bytes."""
     rank_zero_info(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Names for a message: the first ten, and how many there are if they are more."""
+    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

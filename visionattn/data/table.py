@@ -15,7 +15,7 @@ from .classification import ClassificationData, Sample
 from .detection import Finder
 from .pixels import MAX_PIXELS
 from .reading import EXTENSIONS, Faults, is_image
-from .report import DataReport, say
+from .report import DataReport, say, shortened
 from .splits import split_of, visible_files
 
 __all__ = ["CsvData", "find_tables"]
@@ -309,26 +309,26 @@ class _Table:
             raise ValueError(f"{file} has two columns called {twice!r}: rename one")
         path = self._column(path_column, "path_column") or _one_of(header, PATHS)
         if path is None:
-            raise ValueError(f"{file}: none of the columns {_shorten(header)} has a usual name of the files (path, "
+            raise ValueError(f"{file}: none of the columns {shortened(header)} has a usual name of the files (path, "
                              "file, image, ...): set path_column to it")
         splits = self._column(split_column, "split_column") or _one_of(header, SPLITS)
         rest = [name for name in header if name not in (path, splits) and name
                 and not name.lower().startswith("unnamed:")]  # pandas' numbers of the rows
         if {"xmin", "xmax"} <= set(map(_plain, header)) or "bbox" in map(_plain, header):
-            raise ValueError(f"{file} lists boxes ({_shorten(header)}): export them in COCO's, YOLO's or VOC's format")
+            raise ValueError(f"{file} lists boxes ({shortened(header)}): export them in COCO's, YOLO's or VOC's format")
         marks = {name: {cells[header.index(name)].strip().lower() for _, cells in lines if len(cells) == len(header)}
                  for name in rest}
         self.labels = self._label_columns(label_columns, rest, marks) if rest or split != "test" else []
         self.one_hot = tuple(self.labels) if len(self.labels) > 1 else None
         others = [name for name in rest if name not in self.labels]
         if others and self.labels:
-            say(f"{file}: {path} are the files, {_shorten(self.labels)} the labels; {_shorten(others)} "
+            say(f"{file}: {path} are the files, {shortened(self.labels)} the labels; {shortened(others)} "
                 f"{'is' if len(others) == 1 else 'are'} not read.")
         self.rows = [self._row(number, cells, path, splits, split) for number, cells in lines if self.labels]
 
     def _column(self, name: str | None, option: str) -> str | None:
         if name is not None and name not in self.header:
-            raise ValueError(f"{self.file} has no column {name!r} ({option}); it has {_shorten(self.header)}")
+            raise ValueError(f"{self.file} has no column {name!r} ({option}); it has {shortened(self.header)}")
         return name
 
     def _label_columns(self, given: list[str] | None, rest: list[str], marks: dict[str, set[str]]) -> list[str]:
@@ -345,7 +345,7 @@ class _Table:
             return rest
         if len(binary) > 1 and len(binary) == len(rest):
             return rest
-        raise ValueError(f"{self.file}: it is not clear which of the columns {_shorten(rest) or 'none'} hold the "
+        raise ValueError(f"{self.file}: it is not clear which of the columns {shortened(rest) or 'none'} hold the "
                          "labels: set label_columns to the one with the classes, or to those of 0 and 1")
 
     def _row(self, number: int, cells: list[str], path: str, splits: str | None, split: str) -> _Row:
@@ -407,11 +407,11 @@ def _by_split(root: Path, known: bool) -> list[tuple[str, Path]]:
         if split is not None:
             found[split] = file
     if "train" not in found and not (known and found):
-        raise ValueError(f"{root} holds several tables, {_shorten([file.name for file in files])}: call them "
+        raise ValueError(f"{root} holds several tables, {shortened([file.name for file in files])}: call them "
                          "train.csv, val.csv and test.csv, or set data.init_args.root to the one that is meant")
     others = [file.name for file in files if file not in found.values()]
     if others:
-        say(f"{root} has the tables {_shorten(others)} beside those of its splits: they are not read.")
+        say(f"{root} has the tables {shortened(others)} beside those of its splits: they are not read.")
     return list(found.items())
 
 
@@ -507,7 +507,3 @@ def _alike(names: list[str]) -> list[list[str]]:
     for name in names:
         groups.setdefault(re.sub(r"[\s_-]+", " ", name.casefold()), []).append(name)
     return list(groups.values())
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

@@ -123,13 +123,11 @@ class YoloData(DetectionData):
         self.category_ids = [next(key for key, name in sorted(names.items()) if name == one) for one in self.known]
         self._labels: dict[int, int] = {}  # of the numbers in the label files
         for index, name in sorted(names.items()):
-            if name in self.known:
-                pass
-            elif name in self.class_names:
-                say(f"{self._config or self.root}: two classes are called {name!r}: they are one class.")
-            else:
+            if name not in self.class_names:
                 self.category_ids.append(index)
                 self.class_names.append(name)
+            elif name not in self.known:
+                say(f"{self._config or self.root}: two classes are called {name!r}: they are one class.")
             self._labels[index] = self.class_names.index(name) + 1
         self.num_classes = len(self.class_names)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .findings import Findings, Mistakes
 from .results import Results
+from .run_folder import Moved, relocated
 
 __all__ = ["Task", "check_arguments"]
 
@@ -59,7 +60,8 @@ class Task(pl.LightningModule):
         for saver in savers:
             state = checkpoint.get("callbacks", {}).get(saver.state_key)
             if isinstance(saver, ModelCheckpoint) and state and state.get("dirpath") != saver.dirpath:
-                checkpoint["callbacks"][saver.state_key] = _moved(state, str(state["dirpath"]), str(saver.dirpath))
+                moved = Moved(str(state["dirpath"]), Path(str(saver.dirpath)))
+                checkpoint["callbacks"][saver.state_key] = relocated(state, moved)
 
     @abstractmethod
     def open_results(
@@ -154,15 +156,6 @@ class _MovingAverage:
             torch._foreach_lerp_(averages, weights, 1 - decay)
         else:  # counts, such as a batch norm's
             torch._foreach_copy_(averages, weights)
-
-
-def _moved(value: Any, before: str, now: str) -> Any:
-    """The state of a callback with paths in the folder ``now`` for those in ``before``."""
-    if isinstance(value, str) and (value == before or value.startswith(before + os.sep)):
-        return now + value[len(before):]
-    if isinstance(value, dict):
-        return {_moved(key, before, now): _moved(inner, before, now) for key, inner in value.items()}
-    return value
 
 
 def check_arguments(num_classes: int, least: int, class_names: list[str] | None, ema_decay: float | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics import Metric
 
+from ..data.pixels import picture_of
 from .charts import Tile, draw_confusion, draw_reliability, draw_sheet
 
 __all__ = ["Findings", "Mistakes", "Sums", "class_rows", "thumbnail"]
@@ -141,12 +142,11 @@ def thumbnail(image: Tensor, normalisation: Any = None) -> np.ndarray:
     if normalisation is not None:
         mean, std = (torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in normalisation)
         image = image * std + mean
-    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     zoom = SIDE / max(image.shape[1:])
     if zoom < 1:
         size = [max(1, round(zoom * length)) for length in image.shape[1:]]
         image = interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
-    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return np.array(picture_of(image))
 
 
 def _write_table(path: Path, rows: list[list[Any]]) -> None:

@@ -80,12 +80,14 @@ def with_run_folders(argv: list[str]) -> list[str]:
 
 
 def relocated(value: Any, moved: Moved) -> Any:
-    """``value``, a configuration or a part of it, with the run's paths as they are now."""
+    """``value``, a configuration, the state of a callback or a part of them, with the run's paths as they are now."""
     if isinstance(value, str) and (value == moved.before or value.startswith(moved.before.rstrip("/") + "/")):
         return str(moved.now) + value[len(moved.before.rstrip("/")):]
     if isinstance(value, list):
         return [relocated(item, moved) for item in value]
-    if isinstance(value, (dict, Namespace)):
+    if isinstance(value, dict):
+        return {relocated(key, moved): relocated(item, moved) for key, item in value.items()}
+    if isinstance(value, Namespace):
         for key in list(value.keys()):
             value[key] = relocated(value[key], moved)
     return value
