@@ -113,7 +113,8 @@ def _train(folder: str | Path, model: str | None, task: Any, options: list[str])
 
 def _train_as(
         kind: DataKind, folder: str | Path, model: str | None, given: dict[str, str], options: list[str]) -> TrainedRun:
-    chosen = _choose(kind, model, given)
+    images = _look(Path(kind.arguments["root"]), int(given.get("data.in_chans", 3)))
+    chosen = _choose(kind, model, given, images)
     run = Path(given.get("trainer.default_root_dir") or _free_folder(Path(folder), "ckpt_path" in given))
     chosen |= {"trainer.default_root_dir": str(run), "trainer.devices": 1}
     settings = {name: value for name, value in chosen.items() if name not in given}
@@ -127,7 +128,7 @@ def _train_as(
         return TrainedRun(run, {}, checkpoint, None, command)
     written = run / "test_metrics.json"
     metrics = json.loads(written.read_text()) if written.is_file() else {}
-    trained = TrainedRun(run, metrics, checkpoint, _export(kind, run, checkpoint), command)
+    trained = TrainedRun(run, metrics, checkpoint, _export(kind, images, run, checkpoint), command)
     if metrics:
         _predict(run, data)
     write_readme(run)
@@ -183,7 +184,7 @@ def _look(root: Path, channels: int) -> _Images:
                    2 * sum(width >= height for width, height in sizes) >= len(sizes))
 
 
-def _choose(kind: DataKind, model: str | None, given: dict[str, str]) -> dict[str, Any]:
+def _choose(kind: DataKind, model: str | None, given: dict[str, str], images: _Images) -> dict[str, Any]:
     """What is set beside the recipe, by the data, the model and the machine; says why."""
     settings: dict[str, Any] = {f"data.{name}": value for name, value in kind.arguments.items()}
     if kind.module == "SegmentationFolderData":
@@ -195,7 +196,6 @@ def _choose(kind: DataKind, model: str | None, given: dict[str, str]) -> dict[st
     if not trained and "model.pretrained" not in given:
         trained = settings["model.pretrained"] = _fetch_weights(backbone)
     settings["data.num_workers"] = min(8, (os.cpu_count() or 1) // 2)
-    images = _look(Path(kind.arguments["root"]), int(given.get("data.in_chans", 3)))
     large = torch.cuda.is_available()
     choose = {"classification": _for_classes, "detection": _for_boxes, "segmentation": _for_masks}[kind.task]
     return settings | choose(backbone, images, trained, large)
@@ -286,11 +286,10 @@ def _reachable(url: str) -> bool:
     return True
 
 
-def _export(kind: DataKind, run: Path, checkpoint: Path) -> Path | None:
+def _export(kind: DataKind, images: _Images, run: Path, checkpoint: Path) -> Path | None:
     """Writes the ONNX file for images like those of the data; says why where there is none."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     data, model = config["data"]["init_args"], config["model"]["init_args"]
-    images = _look(Path(kind.arguments["root"]), data["in_chans"])
     if kind.task == "classification":
         size = [data["image_size"]]
     else:

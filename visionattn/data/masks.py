@@ -13,7 +13,8 @@ from .dense_transforms import IGNORE
 from .pixels import AS_SEEN, Decoding, reason_of, tag_of, turned
 
 __all__ = ["CITYSCAPES", "VOC", "Mask", "MaskTable", "UnusableMask", "blurred", "color_table", "count_codes",
-           "describe", "known_colors", "list_of", "meant", "read_mask", "values_table", "voc_colors"]
+           "describe", "known_colors", "list_of", "meant", "probable_options", "read_mask", "values_table",
+           "voc_colors", "with_gaps"]
 
 CITYSCAPES = {  # class: value in *_labelIds.png; the other values, up to 33, are ignored
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
@@ -37,6 +38,7 @@ _IGNORED = {"ignore", "ignored", "void", "unlabeled", "unlabelled"}  # names in 
 LOSSY = ("JPEG", "MPO")
 NEAR = 24  # least difference of two values of a lossy mask that may both be meant
 SHOWN = 6  # values in a message
+MOST_VALUES = 16  # that masks may have for each to be taken as a class where they are not numbered
 
 
 NO_CLASS = "the mask has a label without a class"
@@ -298,6 +300,40 @@ def meant(counts: Counter[int], colored: bool, least: float = 0.005) -> list[int
         if count > least * total and (not chosen or np.abs(near[:-1] - near[-1]).max(axis=-1).min() >= NEAR):
             chosen.append(code)
     return sorted(chosen)
+
+
+def with_gaps(values: Counter[int]) -> bool:
+    """Whether values are no numbers of classes: most of the numbers up to the largest do not occur."""
+    largest = max(value for value in values if value != IGNORE)
+    return largest >= IGNORE or 2 * sum(value != IGNORE for value in values) < largest + 1
+
+
+def probable_options(
+        values: Counter[int], lossy: Counter[int], colours: Counter[int]) -> tuple[dict[str, Any], str]:
+    """What masks' values or colours probably mean, where that is not the numbers of the classes.
+
+    Args:
+        values: Pixels of each value of masks that keep them.
+        lossy: The same of masks that do not.
+        colours: Pixels of each colour.
+
+    Returns:
+        ``mask_values`` (each value a class), ``mask_nearest`` and ``mask_colors``, as far as they are needed, and what
+        was found; nothing where values are the numbers of the classes, or nothing fits.
+    """
+    if values:
+        present, largest = sorted(values), max((value for value in values if value != IGNORE), default=-1)
+        if blurred(values):
+            return {"mask_values": meant(values, False, 0.02), "mask_nearest": True}, describe(values, False)
+        few = 1 < len(present) <= MOST_VALUES
+        if few and (largest < 1 or with_gaps(values)):
+            return {"mask_values": present}, describe(values, False)
+    elif lossy:
+        found = meant(lossy, False)
+        return ({"mask_values": found}, describe(lossy, False)) if 1 < len(found) <= MOST_VALUES else ({}, "")
+    elif known_colors(colours):
+        return {"mask_colors": known_colors(colours)}, describe(colours, True)
+    return {}, ""
 
 
 def _channels(codes: np.ndarray, colored: bool) -> np.ndarray:

@@ -29,8 +29,10 @@ from .masks import (
     known_colors,
     list_of,
     meant,
+    probable_options,
     read_mask,
     values_table,
+    with_gaps,
 )
 from .pixels import MAX_PIXELS, Decoding, orientation_of, turned
 from .reading import EXTENSIONS, Faults, check_images, find_faults, find_images, read_tensor, result_names, say_shared
@@ -41,7 +43,6 @@ __all__ = ["SegmentationFolderData"]
 LAYOUTS = ("plain", "ade20k", "cityscapes", "voc")
 HINT = "replace it, or set verify to true and on_error to skip"  # for a file that fails in training
 TURNED = range(5, 9)  # orientation tags that change width and height
-MOST_VALUES = 16  # that masks may have for each to be taken as a class where they are not numbered
 
 
 class SegmentationFolderData(LoadedData):
@@ -268,7 +269,7 @@ class SegmentationFolderData(LoadedData):
             raise ValueError(f"the training masks of {self.root} have edges that were smoothed; {found}; set "
                              f"data.init_args.mask_values to {probable} and mask_nearest to true, or give class_names "
                              "if each value is a class")
-        if _with_gaps(counts):
+        if with_gaps(counts):
             raise ValueError(f"most of the classes 0 to {largest} of the training masks of {self.root} have no pixel; "
                              f"{found}; set data.init_args.mask_values to {list_of(present, False)} if each value is a "
                              "class, or give class_names")
@@ -277,29 +278,10 @@ class SegmentationFolderData(LoadedData):
         return [f"class_{number}" for number in range(largest + 1)]
 
     def found_options(self) -> tuple[dict[str, Any], str]:
-        """What the training masks' values or colours probably mean, where that is not the numbers of the classes.
-
-        Returns:
-            ``mask_values`` (each value a class), ``mask_nearest`` and ``mask_colors``, as far as they are needed, and
-            what was found; nothing where values are the numbers of the classes, or nothing fits.
-        """
+        """Options for the training masks' values or colours, and what was found (see ``masks.probable_options``)."""
         if self.layout != "plain" or _exported_classes(self.folders["train"][1])[0]:
             return {}, ""
-        counts = self._count_kinds()
-        values, lossy, colors = counts["values"], counts["lossy"], counts["colours"]
-        if values:
-            present, largest = sorted(values), max((value for value in values if value != IGNORE), default=-1)
-            if blurred(values):
-                return {"mask_values": meant(values, False, 0.02), "mask_nearest": True}, describe(values, False)
-            few = 1 < len(present) <= MOST_VALUES
-            if few and (largest < 1 or _with_gaps(values)):
-                return {"mask_values": present}, describe(values, False)
-        elif lossy:
-            found = meant(lossy, False)
-            return ({"mask_values": found}, describe(lossy, False)) if 1 < len(found) <= MOST_VALUES else ({}, "")
-        elif known_colors(colors):
-            return {"mask_colors": known_colors(colors)}, describe(colors, True)
-        return {}, ""
+        return probable_options(**self._count_kinds())
 
     def _count_kinds(self) -> dict[str, Counter[int]]:
         """The codes of all training masks with their pixels, by what they are: values, colours, or lossy values."""
@@ -581,12 +563,6 @@ def _palette_of(pair: Pair, decoding: Decoding) -> dict[int, tuple[int, ...]]:
         return {}
     known = [value for value in count_codes(mask.codes) if value < len(mask.palette)]
     return {value: tuple(mask.palette[value].tolist()) for value in known}
-
-
-def _with_gaps(values: Counter[int]) -> bool:
-    """Whether values are no numbers of classes: most of the numbers up to the largest do not occur."""
-    largest = max(value for value in values if value != IGNORE)
-    return largest >= IGNORE or 2 * sum(value != IGNORE for value in values) < largest + 1
 
 
 def _exported_classes(folder: Path | None) -> tuple[list[str] | None, list[int] | None]:

@@ -200,7 +200,7 @@ class _RunCLI(LightningCLI):
         self._trained = True
         trainer, model = self.trainer, self.model
         run = Path(trainer.default_root_dir)
-        if _is_first_process() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._keeps():
             run.mkdir(parents=True, exist_ok=True)
             summarise(run, trainer, model, self.datamodule, self.lines)
             draw_run(run, getattr(model, "monitor", None), self.lines.best_epoch)
@@ -213,10 +213,15 @@ class _RunCLI(LightningCLI):
     def _tidy(self, tested: str | None = None) -> None:
         """Brings the summary and the list of the run's files up to date."""
         run = Path(self.trainer.default_root_dir)
-        if _is_first_process() and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._keeps():
             if self._test_started is not None:
                 add_test(run, time.monotonic() - self._test_started, tested)
             write_readme(run)
+
+    def _keeps(self) -> bool:
+        """Whether this process leaves files in the run folder."""
+        trainer: Any = self.trainer
+        return _is_first_process() and not trainer.fast_dev_run
 
     def _show_data(self, *stages: str) -> None:
         """Reads the data that the stages need and says what they are."""
