@@ -85,20 +85,15 @@ class DenseBackbone(nn.Module):
         self._select([info["index"] for info in stages] if out_indices is None else sorted(out_indices))
         if state_dict is not None:
             self._load(state_dict, known, str(checkpoint_path))
-        if not 0 <= frozen_stages <= len(stages):
-            raise ValueError(f"{name} has {len(stages)} stages, frozen_stages is {frozen_stages}")
         if grad_checkpointing:
             try:
                 self.model.set_grad_checkpointing(True)
             except (AttributeError, AssertionError):
                 raise ValueError(f"{name} does not support grad_checkpointing") from None
-        self.frozen: list[nn.Module] = []
-        if frozen_stages:
-            self.frozen = _until(self.model, stages[frozen_stages - 1]["module"])
-            for parameter in self.model.parameters(recurse=False):  # position embeddings
+        for layer in self.first_stages(frozen_stages):
+            for parameter in layer:
                 parameter.requires_grad_(False)
-        for module in self.frozen:
-            module.requires_grad_(False)
+        self.frozen = _until(self.model, stages[frozen_stages - 1]["module"]) if frozen_stages else []
         self.train()
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -132,6 +127,24 @@ class DenseBackbone(nn.Module):
         if self.in_chans == 3:
             return list(config["mean"]), list(config["std"])
         return [0.5] * self.in_chans, [0.5] * self.in_chans
+
+    def first_stages(self, count: int) -> list[list[nn.Parameter]]:
+        """Parameters of each of the first ``count`` stages, the stem's with those of the first.
+
+        Raises:
+            ValueError: The model has fewer stages.
+        """
+        stages = _stages(self.model)
+        if not 0 <= count <= len(stages):
+            raise ValueError(f"{self.name} has {len(stages)} stages, frozen_stages is {count}")
+        layers: list[list[nn.Parameter]] = []
+        seen: set[nn.Parameter] = set()
+        for stage in stages[:count]:
+            found = list(self.model.parameters(recurse=False))  # position embeddings
+            found += [parameter for module in _until(self.model, stage["module"]) for parameter in module.parameters()]
+            layers.append([parameter for parameter in dict.fromkeys(found) if parameter not in seen])
+            seen.update(found)
+        return layers
 
     def keep(self, reductions: Collection[int]) -> None:
         """Drops the maps of other reductions than these, and what only they need."""

@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from visionattn.data import DigitsData
-from visionattn.tasks import ClassificationTask
+from visionattn.data import DigitScenesData, DigitsData
+from visionattn.tasks import ClassificationTask, DetectionTask, SegmentationTask
 
 
 class _Watch(pl.Callback):
@@ -31,13 +31,13 @@ def _task(backbone="resnet10t", **kwargs):
     return ClassificationTask(backbone, num_classes=10, warmup_epochs=0, lr=1e-2, frozen=True, **kwargs)
 
 
-def _fit(task, folder, epochs, *callbacks, ckpt_path=None, **kwargs):
+def _fit(task, folder, epochs, *callbacks, ckpt_path=None, data=None, **kwargs):
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=folder, enable_progress_bar=False,
         enable_model_summary=False, limit_train_batches=2, limit_val_batches=1, num_sanity_val_steps=0,
         callbacks=[*callbacks, ModelCheckpoint(dirpath=folder, filename="last", save_on_train_epoch_end=True,
                                                enable_version_counter=False)], **kwargs)
-    trainer.fit(task, DigitsData(image_size=32, batch_size=16), ckpt_path=ckpt_path)
+    trainer.fit(task, data or DigitsData(image_size=32, batch_size=16), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -64,6 +64,27 @@ def test_layers_are_freed_from_the_head_downwards(tmp_path):
     assert layers[2] == {"fc", "layer4", "layer3", "layer2"}
     assert layers[3] == {"fc", "layer4", "layer3", "layer2", "layer1", "conv1", "bn1"}
     assert all(watch.modes)
+
+
+@pytest.mark.parametrize("kind", ["detection", "segmentation"])
+def test_stages_are_freed_from_the_last_downwards(kind, tmp_path):
+    torch.manual_seed(0)
+    options = dict(backbone="resnet10t", frozen_stages=2, unfreeze_epochs=2, warmup_steps=0, lr=1e-2)
+    if kind == "detection":
+        task = DetectionTask(num_classes=10, detector="fcos", fpn_channels=64, min_size=64, max_size=64, **options)
+        body = "backbone.body.model."
+    else:
+        task = SegmentationTask(num_classes=11, head="semantic_fpn", head_channels=8, **options)
+        body = "backbone.model."
+    watch, data = _Watch(), DigitScenesData(task=kind, digit_size=(16, 24), image_size=64, batch_size=2)
+    _fit(task, tmp_path, 3, watch, data=data)
+    parts = [{key.removeprefix(body).split(".")[0] for key in changed if key.startswith(body)}
+             for changed in watch.changed]
+    assert parts[0] == {"layer3", "layer4"}
+    assert parts[1] == parts[0] | {"layer2"}
+    assert parts[2] == parts[1] | {"layer1", "conv1", "bn1"}
+    assert all(watch.modes)
+    assert all(parameter.requires_grad for parameter in task.model.parameters())
 
 
 def test_a_resumed_run_frees_the_same_layers(tmp_path, monkeypatch):
@@ -98,6 +119,12 @@ def test_modes():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ClassificationTask("test_dinat", num_classes=10, **kwargs)
+
+
+@pytest.mark.parametrize("task", [DetectionTask, SegmentationTask])
+def test_nothing_frozen_can_be_freed(task):
+    with pytest.raises(ValueError, match="unfreeze_epochs must be 1 or more, with frozen_stages at 1 or more, got 3"):
+        task("test_dinat", num_classes=10, unfreeze_epochs=3)
 
 
 def test_class_weights_weigh_the_training_loss(tmp_path):

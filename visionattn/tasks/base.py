@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ..data.report import say
 from .findings import Findings, Mistakes
+from .freezing import Freezing
 from .results import Results
 from .run_folder import Moved, relocated
 
@@ -27,6 +29,7 @@ class Task(pl.LightningModule):
     model: Any  # what is trained and what checkpoints are of
     args: Any  # what the constructor was given, by name
     results: Any  # of a prediction, while it goes on
+    freezing: Freezing | None = None  # what does not train, or not yet
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average of the weights, while fitting."""
@@ -35,13 +38,32 @@ class Task(pl.LightningModule):
         return [WeightAveraging(multi_avg_fn=_MovingAverage(self.args.ema_decay))]
 
     def on_train_epoch_start(self) -> None:
-        """Seeds by the run's seed and the epoch, so that a resumed run draws what an uninterrupted one would have."""
+        """Seeds by the run's seed and the epoch, as an uninterrupted run would; frees the layers whose turn it is."""
         if "PL_GLOBAL_SEED" in os.environ:  # set by seed_everything
             seed = np.random.SeedSequence([int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, self.global_rank])
             torch_seed, numpy_seed, python_seed = (int(value) for value in seed.generate_state(3))
             torch.manual_seed(torch_seed)
             np.random.seed(numpy_seed)
             random.seed(python_seed)
+        if self.freezing:
+            self.train()  # also what is freed now
+            before = self.freezing.number(self.current_epoch - 1) if self.current_epoch else None
+            layers, frozen = len(self.freezing.layers), self.freezing.number(self.current_epoch)
+            if frozen != before:
+                say(f"Epoch {self.current_epoch + 1}: {frozen} of {layers} layers are frozen.")
+
+    def train(self, mode: bool = True) -> "Task":
+        """Sets the mode of what is not frozen."""
+        super().train(mode)
+        if mode and self.freezing:
+            self.freezing.set_modes(self.current_epoch if self._trainer is not None else 0)
+        return self
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Takes the gradients of layers that do not train yet away, so that the step leaves them as they are."""
+        if self.freezing:
+            for parameter in self.freezing.frozen(self.current_epoch):
+                parameter.grad = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint stand alone: rebuilding from it needs neither a download nor the file it started from."""

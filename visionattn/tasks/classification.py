@@ -20,7 +20,7 @@ from .base import Task, check_arguments
 from .calibration import SingleLabelCounts
 from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
-from .freezing import Freezing
+from .freezing import Freezing, below_head, check_unfreezing
 from .multilabel import MultilabelScores, average_precisions, best_thresholds, threshold_scores
 from .optim import adamw, cosine_with_warmup
 from .results import ClassificationResults, MultilabelResults
@@ -107,15 +107,15 @@ class ClassificationTask(Task):
         super().__init__()
         check_arguments(num_classes, 2, class_names, ema_decay)
         _check_weights(class_weights, num_classes)
-        if unfreeze_epochs is not None and (not frozen or unfreeze_epochs < 1):
-            raise ValueError(f"unfreeze_epochs must be 1 or more, with frozen set to true, got {unfreeze_epochs}")
+        check_unfreezing(unfreeze_epochs, frozen, "frozen set to true")
         self.save_hyperparameters()
         self.args = self.hparams
         args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
         self.model = _create_model(backbone, pretrained, checkpoint_path, args)
-        self.freezing = Freezing(self.model, backbone, unfreeze_epochs) if frozen else None
+        if frozen:
+            self.freezing = Freezing(self.model, below_head(self.model, backbone), unfreeze_epochs)
         self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
         # No buffer: the moving average of the weights is copied before these are known.
         self.class_weight = None if class_weights in (None, "balanced") else torch.tensor(class_weights)
@@ -136,13 +136,6 @@ class ClassificationTask(Task):
         """Logits ``[B, classes]`` of ``images [B, C, H, W]``."""
         return self.model(images)
 
-    def train(self, mode: bool = True) -> "ClassificationTask":
-        """Sets the mode of what is not frozen."""
-        super().train(mode)
-        if mode and self.freezing:
-            self.freezing.set_modes(self._epoch())
-        return self
-
     def setup(self, stage: str) -> None:
         """Takes ``balanced`` class weights from the training images; says what it starts from if that is nothing."""
         if stage != "fit":
@@ -152,23 +145,6 @@ class ClassificationTask(Task):
         fresh = not (self.args.pretrained or self.args.checkpoint_path or self.trainer.ckpt_path)
         if self.args.frozen and fresh:
             say("Warning: the frozen layers have random weights: set pretrained or checkpoint_path.")
-
-    def on_train_epoch_start(self) -> None:
-        """Seeds, and frees the layers whose turn it is."""
-        super().on_train_epoch_start()
-        if self.freezing:
-            self.train()  # also what is freed now
-            before = self.freezing.number(self.current_epoch - 1) if self.current_epoch else None
-            below, frozen = len(self.freezing.below), self.freezing.number(self.current_epoch)
-            if frozen != before:
-                say(f"From epoch {self.current_epoch + 1} on the head trains and {below - frozen} of the {below} "
-                    "layers below it.")
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Takes the gradients of layers that do not train yet away, so that the step leaves them as they are."""
-        if self.freezing:
-            for parameter in self.freezing.frozen(self.current_epoch):
-                parameter.grad = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the temperature, or the thresholds of multi-label classes."""
@@ -363,9 +339,6 @@ class ClassificationTask(Task):
             others = " and others" if len(absent) > 10 else ""
             say(f"No test image has {', '.join(absent[:10])}{others}: the means are those of the other classes.")
         return mean | {"per_class": per_class}
-
-    def _epoch(self) -> int:
-        return self.current_epoch if self._trainer is not None else 0
 
     def _check_labels(self, labels: Tensor) -> None:
         several = labels.ndim == 2

@@ -21,6 +21,7 @@ from ..heads.detector import build_detector
 from ..layers.auxiliary import auxiliary_losses
 from .base import Task, check_arguments
 from .findings import Findings, Sums, class_rows
+from .freezing import Freezing, check_unfreezing
 from .matching import MATCHED, match_objects
 from .optim import adamw, cosine_with_warmup, steps_with_warmup
 from .pictures import patches
@@ -56,6 +57,7 @@ class DetectionTask(Task):
         in_chans: Channels of the images; the command line takes it from the data. Other images than those of three
             channels are normalised by a mean and a standard deviation of 0.5.
         frozen_stages: Stages, from the stem on, that are not trained.
+        unfreeze_epochs: Number of epochs in which the frozen stages are freed, the last of them first; None for never.
         frozen_norms: Keep the statistics of the backbone's batch norms.
         grad_checkpointing: Trade time for memory in the backbone.
         drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
@@ -94,6 +96,7 @@ class DetectionTask(Task):
             model_args: dict[str, Any] | None = None,
             in_chans: int = 3,
             frozen_stages: int = 0,
+            unfreeze_epochs: int | None = None,
             frozen_norms: bool = False,
             grad_checkpointing: bool = False,
             drop_path_rate: float | None = None,
@@ -117,6 +120,7 @@ class DetectionTask(Task):
     ):
         super().__init__()
         check_arguments(num_classes, 1, class_names, ema_decay)
+        check_unfreezing(unfreeze_epochs, frozen_stages, "frozen_stages at 1 or more")
         if schedule not in ("step", "cosine"):
             raise ValueError(f"schedule must be step or cosine, got {schedule!r}")
         self.save_hyperparameters()
@@ -126,8 +130,10 @@ class DetectionTask(Task):
             args["drop_path_rate"] = drop_path_rate
         body = DenseBackbone(
             backbone, task="detection", pretrained=pretrained, checkpoint_path=checkpoint_path,
-            frozen_stages=frozen_stages, frozen_norms=frozen_norms, grad_checkpointing=grad_checkpointing,
-            model_args=args)
+            frozen_stages=0 if unfreeze_epochs else frozen_stages, frozen_norms=frozen_norms,
+            grad_checkpointing=grad_checkpointing, model_args=args)
+        if unfreeze_epochs:
+            self.freezing = Freezing(body, body.first_stages(frozen_stages), unfreeze_epochs)
         self.model = build_detector(
             detector, body, num_classes, strides, fpn_channels, anchor_scale, min_size=min_size, max_size=max_size,
             **detector_args or {})

@@ -24,6 +24,7 @@ from ..layers.auxiliary import auxiliary_losses
 from .base import Task, check_arguments
 from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
+from .freezing import Freezing, check_unfreezing
 from .losses import SegmentationLoss
 from .optim import adamw, cosine_with_warmup, poly_with_warmup
 from .results import SegmentationResults
@@ -57,6 +58,7 @@ class SegmentationTask(Task):
             channels are normalised by a mean and a standard deviation of 0.5.
         out_indices: Stages that the head sees; None for all.
         frozen_stages: Stages, from the stem on, that are not trained.
+        unfreeze_epochs: Number of epochs in which the frozen stages are freed, the last of them first; None for never.
         frozen_norms: Keep the statistics of the backbone's batch norms.
         grad_checkpointing: Trade time for memory in the backbone.
         drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
@@ -96,6 +98,7 @@ class SegmentationTask(Task):
             in_chans: int = 3,
             out_indices: list[int] | None = None,
             frozen_stages: int = 0,
+            unfreeze_epochs: int | None = None,
             frozen_norms: bool = False,
             grad_checkpointing: bool = False,
             drop_path_rate: float | None = None,
@@ -121,6 +124,7 @@ class SegmentationTask(Task):
     ):
         super().__init__()
         check_arguments(num_classes, 2, class_names, ema_decay)
+        check_unfreezing(unfreeze_epochs, frozen_stages, "frozen_stages at 1 or more")
         if num_classes > 255:
             raise ValueError(f"label maps have 8 bits and 255 labels at most, got {num_classes} classes")
         if class_weights is not None and len(class_weights) != num_classes:
@@ -140,8 +144,10 @@ class SegmentationTask(Task):
             args["drop_path_rate"] = drop_path_rate
         maps = DenseBackbone(
             backbone, task="segmentation", pretrained=pretrained, checkpoint_path=checkpoint_path,
-            out_indices=out_indices, frozen_stages=frozen_stages, frozen_norms=frozen_norms,
+            out_indices=out_indices, frozen_stages=0 if unfreeze_epochs else frozen_stages, frozen_norms=frozen_norms,
             grad_checkpointing=grad_checkpointing, model_args=args)
+        if unfreeze_epochs:
+            self.freezing = Freezing(maps, maps.first_stages(frozen_stages), unfreeze_epochs)
         auxiliary = auxiliary_weight > 0
         if auxiliary and out_indices is None and len(maps.out_indices) < 2:
             rank_zero_info(f"{backbone} gives a single map: there is no auxiliary head (auxiliary_weight).")
