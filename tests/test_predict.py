@@ -23,7 +23,7 @@ from visionattn.heads import sliding_window
 from visionattn.predict import Predictor
 from visionattn.tasks.pictures import Patch, draw_classes, draw_label_map, draw_objects, patches
 from visionattn.tasks.results import _rle
-from visionattn.tasks.tiles import detect_in_tiles, label_in_tiles
+from visionattn.tasks.tiles import detect_in_tiles, image_size, label_in_tiles
 
 from .data.images import coco_content, truncate, write_classes, write_image, write_mask
 
@@ -382,7 +382,8 @@ def test_threshold_and_tiles_of_a_detector(runs, tmp_path):
     assert counts[1] > counts[2] > counts[0]
 
 
-def test_tiles_find_what_is_in_the_image():
+@pytest.mark.parametrize("tensor", [False, True])
+def test_tiles_find_what_is_in_the_image(tensor):
     """Of an exact detector of squares, each of its own grey: every square once, whole, with its mask."""
     squares = {10: (5, 5, 25), 20: (58, 40, 20), 30: (130, 90, 18), 40: (20, 100, 60)}  # left, top, side
     image = Image.new("L", (200, 170))
@@ -393,8 +394,8 @@ def test_tiles_find_what_is_in_the_image():
     def detect(images):
         found = []
         for one in images:
-            seen.append(one.size)
-            pixels = np.asarray(one.convert("L"))
+            seen.append(image_size(one))
+            pixels = one[0].numpy() if isinstance(one, Tensor) else np.asarray(one)
             masks = [pixels == grey for grey in squares if (pixels == grey).sum() > 20]
             parts = patches(torch.from_numpy(np.array(masks).reshape(-1, *pixels.shape)))
             boxes = [[part.left, part.top, part.left + part.mask.shape[1], part.top + part.mask.shape[0]]
@@ -405,6 +406,8 @@ def test_tiles_find_what_is_in_the_image():
                 "masks": parts})
         return found
 
+    if tensor:  # as of images of other channels than three
+        image = torch.from_numpy(np.array(image))[None].expand(5, -1, -1)
     found = detect_in_tiles(detect, image, 64, 4, (100, 85))
     assert seen.count((64, 64)) == len(seen) - 1  # and all of it, smaller
     expected = sorted([left, top, left + side, top + side] for left, top, side in squares.values())
@@ -413,7 +416,8 @@ def test_tiles_find_what_is_in_the_image():
         assert (patch.left, patch.top) == pytest.approx(box[:2], abs=1)
         assert patch.mask.all()
     assert len(detect_in_tiles(detect, image, 200, 4, (100, 85))["labels"]) == 4
-    empty = detect_in_tiles(detect, Image.new("L", (200, 170)), 64, 4, (100, 85))
+    nothing = torch.zeros(5, 170, 200, dtype=torch.uint8) if tensor else Image.new("L", (200, 170))
+    empty = detect_in_tiles(detect, nothing, 64, 4, (100, 85))
     assert (len(empty["boxes"]), empty["masks"]) == (0, [])
 
 
@@ -432,6 +436,7 @@ def test_tiles_of_label_maps_are_windows(size):
     whole = torch.from_numpy(np.array(image)).movedim(-1, 0).float()[None]
     expected = sliding_window(logits, whole, 64, 48).argmax(dim=1)[0]
     assert torch.equal(label_in_tiles(infer, image, 64, 3).long(), expected)
+    assert torch.equal(label_in_tiles(lambda tiles: logits(torch.stack(tiles)), whole[0], 64, 3).long(), expected)
 
 
 def test_tiles_of_a_segmenter(runs, tmp_path):

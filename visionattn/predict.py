@@ -28,7 +28,7 @@ from .tasks.pictures import printable
 from .tasks.rebuild import load_task
 from .tasks.run_folder import Run, find_run
 from .tasks.summary import write_readme
-from .tasks.tiles import detect_in_tiles, label_in_tiles
+from .tasks.tiles import detect_in_tiles, image_size, label_in_tiles
 
 __all__ = ["Prediction", "Predictor", "main"]
 
@@ -92,9 +92,6 @@ class Predictor:
         if max_pixels is not None:
             self.decoding = self.decoding._replace(max_pixels=max_pixels)
         self.decoding.check()
-        if tile is not None and self.decoding.channels != 3:
-            raise ValueError(f"tiles are cut of images of 3 channels, and these have {self.decoding.channels}: leave "
-                             "tile out")
         self._prepare = self._preparation()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.task.to(self.device)
@@ -125,18 +122,18 @@ class Predictor:
         return lambda image: to_image(_tensor(image))
 
     def _read(self, file: Path) -> tuple[Path, Any, Any]:
-        """The file, its image and that as the model takes it; in place of the image why it cannot be read."""
+        """The file, its image and that as the model takes it, or tiles are cut of; in place of the image why not."""
         try:
             values: Any = self.decoding.read(file) if self.decoding.channels == 3 else self.decoding.tensor(file)
         except ValueError as error:
             return file, str(error), None
         image = picture_of(values) if isinstance(values, Tensor) else values
-        return file, image, None if self.tile else self._prepare(values)
+        return file, image, values if self.tile else self._prepare(values)
 
     def _predict(self, batch: list[tuple[Path, Any, Any]]) -> Iterator[Prediction]:
         good = [(image, prepared) for _, image, prepared in batch if not isinstance(image, str)]
         try:
-            found = iter(self._found([image for image, _ in good], [prepared for _, prepared in good]) if good else ())
+            found = iter(self._found([image.size for image, _ in good], [one for _, one in good]) if good else ())
         except (ValueError, RuntimeError) as error:  # such as of a model that an image is too small or too thin for
             if "memory" in str(error).lower():
                 raise
@@ -152,31 +149,31 @@ class Predictor:
             else:
                 yield Prediction(file, image, next(found))
 
-    def _found(self, images: list[Image.Image], prepared: list[Tensor]) -> Iterable[Any]:
+    def _found(self, sizes: list[tuple[int, int]], prepared: list[Any]) -> Iterable[Any]:
+        """What is found in images of these sizes (width, height); with tiles they are not prepared yet."""
         task = self.task
         if isinstance(task, ClassificationTask):
             return task.probabilities(torch.stack(prepared).to(self.device)).cpu()
         if isinstance(task, DetectionTask):
             if self.tile is None:
                 return task.detect([one.to(self.device) for one in prepared], self.threshold)
-            return [detect_in_tiles(
-                self._detect, image, self.tile, self.batch_size, self._seen_size(image.size)) for image in images]
+            return [detect_in_tiles(self._detect, image, self.tile, self.batch_size, self._seen_size(size))
+                    for image, size in zip(prepared, sizes, strict=True)]
         if self.tile is None:
-            return [self._infer([image], [one])[0].argmax(dim=0).to("cpu", torch.uint8)
-                    for image, one in zip(images, prepared, strict=True)]
+            return [self._infer([one], size)[0].argmax(dim=0).to("cpu", torch.uint8)
+                    for one, size in zip(prepared, sizes, strict=True)]
         return [label_in_tiles(
-            lambda tiles: self._infer(tiles, [self._prepare(tile) for tile in tiles]), image, self.tile,
-            self.batch_size) for image in images]
+            lambda tiles: self._infer([self._prepare(tile) for tile in tiles], image_size(tiles[0])), image, self.tile,
+            self.batch_size) for image in prepared]
 
-    def _detect(self, images: list[Image.Image]) -> list[dict[str, Any]]:
+    def _detect(self, images: list[Image.Image | Tensor]) -> list[dict[str, Any]]:
         assert isinstance(self.task, DetectionTask)
         return self.task.detect([self._prepare(image).to(self.device) for image in images], self.threshold)
 
-    def _infer(self, images: list[Image.Image], prepared: list[Tensor]) -> Tensor:
-        """Logits of images of one size."""
+    def _infer(self, prepared: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Logits of images of one size (width, height)."""
         assert isinstance(self.task, SegmentationTask)
-        size = images[0].height, images[0].width
-        return self.task.infer(torch.stack(prepared).to(self.device), size, testing=True)
+        return self.task.infer(torch.stack(prepared).to(self.device), (size[1], size[0]), testing=True)
 
     def _seen_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height that the detector itself would bring a larger image of ``size`` to."""

@@ -62,7 +62,8 @@ def test_end_to_end(tmp_path, task, channels, ending):
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     inbox = sorted((root / "images").iterdir()) if task != "classification" else sorted((root / "cat").iterdir())
     out = tmp_path / "out"
-    assert main(["predict", str(checkpoint), *map(str, inbox[:2]), "--out", str(out)]) == 0
+    tiles = [] if task == "classification" else ["--tile", "48"]
+    assert main(["predict", str(checkpoint), *map(str, inbox[:2]), "--out", str(out), *tiles]) == 0
     pictures = sorted((out / "pictures").rglob("*.png"))
     assert len(pictures) == 2
     with Image.open(pictures[0]) as opened:

@@ -1,24 +1,26 @@
 """Images too large to be seen at once: seen in square tiles that overlap by a quarter, whose results are merged."""
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import batched_nms
+from torchvision.transforms.v2 import functional as F
 
 from ..heads.segmenter import window_starts
 from .pictures import Patch
 
-__all__ = ["detect_in_tiles", "label_in_tiles"]
+__all__ = ["detect_in_tiles", "image_size", "label_in_tiles"]
 
 SAME = 0.5  # intersection over union from which two detections of a class are of one object
 PIECE = 0.7  # share of a detection that lies in a larger one, of which it is then a piece
 EDGE = 2  # pixels: what is so near to an edge within the image was cut there
 
-Detect = Callable[[list[Image.Image]], list[dict[str, Any]]]
+AnyImage: TypeAlias = Image.Image | Tensor  # [C, H, W]
+Detect = Callable[[list[Any]], list[dict[str, Any]]]
 
 
 class _Tile(NamedTuple):
@@ -29,7 +31,7 @@ class _Tile(NamedTuple):
 
 
 def detect_in_tiles(
-        detect: Detect, image: Image.Image, side: int, batch_size: int, whole: tuple[int, int]) -> dict[str, Any]:
+        detect: Detect, image: AnyImage, side: int, batch_size: int, whole: tuple[int, int]) -> dict[str, Any]:
     """Detections in a large image: those in its tiles, and those in all of it for what is larger than their overlap.
 
     Of detections of one class with a common part of half their union the best stays, and of one that a tile's edge cut
@@ -37,7 +39,7 @@ def detect_in_tiles(
 
     Args:
         detect: Takes images to detections in pixels of them (``boxes``, ``labels``, ``scores``, ``masks``: patches).
-        image: The image.
+        image: The image, of Pillow or ``[C, H, W]``.
         side: Of the tiles, in pixels.
         batch_size: Tiles that are looked at at once.
         whole: Size (width, height) that all of the image is brought to.
@@ -45,16 +47,17 @@ def detect_in_tiles(
     Returns:
         Detections in pixels of the image, best first.
     """
-    tiles = _tiles(image.size, side)
+    size = image_size(image)
+    tiles = _tiles(size, side)
     if len(tiles) == 1:
         return detect([image])[0]
     parts = []
     for start in range(0, len(tiles), batch_size):
         batch = tiles[start:start + batch_size]
-        parts += [_moved(found, tile, image.size) for tile, found in zip(
-            batch, detect([image.crop(tile) for tile in batch]), strict=True)]
-    found, = detect([image if whole == image.size else image.resize(whole, Image.Resampling.BILINEAR, reducing_gap=3)])
-    found = _zoomed(found, image.size, whole)
+        parts += [_moved(found, tile, size) for tile, found in zip(
+            batch, detect([_crop(image, tile) for tile in batch]), strict=True)]
+    found, = detect([image if whole == size else _resized(image, whole)])
+    found = _zoomed(found, size, whole)
     large = (found["boxes"][:, 2:] - found["boxes"][:, :2]).amax(dim=1) > side // 4
     parts.append(_select(found | {"cut": torch.zeros(len(large), dtype=torch.bool)}, large.nonzero()[:, 0]))
     merged = _joined(parts)
@@ -65,29 +68,30 @@ def detect_in_tiles(
 
 
 def label_in_tiles(
-        infer: Callable[[list[Image.Image]], Tensor], image: Image.Image, side: int, batch_size: int) -> Tensor:
+        infer: Callable[[list[Any]], Tensor], image: AnyImage, side: int, batch_size: int) -> Tensor:
     """The label map of a large image by the mean logits of its tiles; no more than a row of them is kept.
 
     Args:
         infer: Takes images of one size to logits ``[B, classes, H, W]`` of that size.
-        image: The image.
+        image: The image, of Pillow or ``[C, H, W]``.
         side: Of the tiles, in pixels.
         batch_size: Tiles that are looked at at once.
 
     Returns:
         Labels ``[H, W]`` uint8.
     """
-    labels = torch.empty(image.height, image.width, dtype=torch.uint8)
-    rows = [list(row) for _, row in groupby(_tiles(image.size, side), key=lambda tile: tile.top)]
+    width, height = image_size(image)
+    labels = torch.empty(height, width, dtype=torch.uint8)
+    rows = [list(row) for _, row in groupby(_tiles((width, height), side), key=lambda tile: tile.top)]
     kept, first = torch.zeros(0), 0  # sums of logits from the row ``first`` of pixels on
     for index, row in enumerate(rows):
         top, bottom = row[0].top, row[0].bottom
         sums = torch.zeros(0)
         for start in range(0, len(row), batch_size):
             batch = row[start:start + batch_size]
-            logits = infer([image.crop(tile) for tile in batch]).float().cpu()
+            logits = infer([_crop(image, tile) for tile in batch]).float().cpu()
             if not sums.ndim > 1:
-                sums = torch.zeros(logits.shape[1], bottom - top, image.width)
+                sums = torch.zeros(logits.shape[1], bottom - top, width)
             for tile, one in zip(batch, logits, strict=True):
                 sums[:, :, tile.left:tile.right] += one
         if index:
@@ -98,6 +102,23 @@ def label_in_tiles(
         # All labels of a pixel were added equally often, so that sums decide as means would.
         labels[top:end] = kept[:, :end - top].argmax(dim=0)
     return labels
+
+
+def image_size(image: AnyImage) -> tuple[int, int]:
+    """Width and height of an image, in pixels."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
+
+
+def _crop(image: AnyImage, tile: _Tile) -> AnyImage:
+    if isinstance(image, Image.Image):
+        return image.crop(tile)
+    return image[:, tile.top:tile.bottom, tile.left:tile.right]
+
+
+def _resized(image: AnyImage, size: tuple[int, int]) -> AnyImage:
+    if isinstance(image, Image.Image):
+        return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3)
+    return F.resize(image, [size[1], size[0]], antialias=True)
 
 
 def _tiles(size: tuple[int, int], side: int) -> list[_Tile]:
