@@ -64,7 +64,11 @@ def test_entry(name):
     assert (entry.top1 is None) == (name not in PUBLISHED)
     if name in PUBLISHED:
         # The authors round to 0.1, or to three digits below one, and some count norms and activations too.
-        assert entry.gmacs == pytest.approx(PUBLISHED[name].gmacs, rel=0.02, abs=0.05 if entry.gmacs > 1 else 0)
+        published, rounding = PUBLISHED[name].gmacs, 0.05 if entry.gmacs > 1 else 0
+        if PUBLISHED[name].whole:
+            assert entry.gmacs == pytest.approx(published, rel=0.02, abs=rounding)
+        else:  # the products are a small part at these sizes
+            assert 0.98 * published <= entry.gmacs <= 1.1 * published
 
 
 def test_all_of_ours(listed):

@@ -105,6 +105,7 @@ class FullAttention(nn.Module):
         num_heads: Number of heads; must divide ``dim``.
         lepe_of: What is convolved: the ``"input"`` or the ``"value"`` map.
         lepe_kernel: Kernel size of the depthwise convolution; odd.
+        qkv_bias: Whether the projections of queries, keys and values have biases.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class FullAttention(nn.Module):
             num_heads: int = 8,
             lepe_of: Literal["input", "value"] = "input",
             lepe_kernel: int = 5,
+            qkv_bias: bool = False,
             device=None,
             dtype=None,
     ):
@@ -124,7 +126,7 @@ class FullAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.lepe_of = lepe_of
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 

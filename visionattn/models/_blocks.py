@@ -58,6 +58,7 @@ class Block(BaseBlock):
         proj_drop: Dropout rate in the perceptron.
         drop_path: Rate at which a sample skips a branch in training.
         norm_layer: Makes a norm: ``norm_layer(dim)``.
+        mlp_layer: Makes the perceptron: ``mlp_layer(dim, hidden_dim, drop=rate)``.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -71,6 +72,7 @@ class Block(BaseBlock):
             proj_drop: float = 0.,
             drop_path: float = 0.,
             norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            mlp_layer: Callable[..., nn.Module] = Perceptron,
             device=None,
             dtype=None,
     ):
@@ -82,7 +84,7 @@ class Block(BaseBlock):
         self.attn = attn
         self.ls1, self.drop_path1 = scale(), path()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Perceptron(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.ls2, self.drop_path2 = scale(), path()
 
     def branches(self, x: Tensor) -> Tensor:

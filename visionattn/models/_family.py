@@ -21,6 +21,7 @@ class Published(NamedTuple):
 
     top1: float  # per cent of ImageNet-1k's validation images, single crop
     gmacs: float  # the papers' "FLOPs", 10^9: multiplications with additions counted as one
+    whole: bool = True  # False if the authors' counter does not see the products of queries, keys and values
 
 
 class Peer(NamedTuple):
