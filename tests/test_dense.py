@@ -73,7 +73,7 @@ def test_every_registered_model(name, task):
     with torch.device("meta"):
         backbone = DenseBackbone(name, task)
     assert backbone.reductions == sorted(set(backbone.reductions))
-    assert len(backbone.channels) == len(backbone.reductions) == (1 if len(family_of(name).reductions) == 1 else
+    assert len(backbone.channels) == len(backbone.reductions) == (1 if len(family_of(name).strides(name)) == 1 else
                                                                   3 if backbone.reductions[0] == 16 else 4)
 
 

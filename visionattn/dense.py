@@ -254,10 +254,10 @@ def _create(name: str, pretrained: bool, args: dict[str, Any]) -> tuple[Any, boo
 
 
 def _stages(model: Any) -> list[dict[str, Any]]:
-    """The last level of each resolution from stride 4 on."""
+    """The last level of each resolution from stride 4 on; of models of finer maps alone, that of the coarsest."""
     infos = FeatureInfo(model.feature_info, tuple(range(len(model.feature_info)))).get_dicts()
     last = {info["reduction"]: dict(info, index=index) for index, info in enumerate(infos)}
-    return [info for reduction, info in last.items() if reduction >= 4]
+    return [info for reduction, info in last.items() if reduction >= 4] or [last[max(last)]]
 
 
 def _until(model: nn.Module, last: str) -> list[nn.Module]:

@@ -17,11 +17,11 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import visionattn
 from tests.models import test_families
+from visionattn.models import family_of
 
 NAMES = [name for family in visionattn.models.__all__ for name in timm.list_models(module=family)]
 TAGGED = [tagged for name in NAMES for tagged in timm.list_pretrained(f"{name}.*") or [name]]
 SMALL = test_families.SMALL
-SEQUENCES = {"agent_deit", "isotropic"}  # families of tokens, for which timm's NON_STD_FILTERS demand less
 
 
 @pytest.fixture(params=SMALL)
@@ -89,7 +89,7 @@ def test_model_default_cfgs(tagged):
         assert model.forward_head(features, pre_logits=True).shape == (1, width)
         model.reset_classifier(0)
         assert model.forward_head(features).shape == (1, width)
-        if family(tagged.partition(".")[0]) not in SEQUENCES:
+        if len(family_of(tagged).strides(tagged)) > 1:  # of transformers of one resolution timm demands less
             axes, spatial = {"NCHW": (1, (2, 3)), "NHWC": (3, (1, 2))}[getattr(model, "output_fmt", "NCHW")]
             assert features.ndim == 4
             assert features.shape[axes] == model.num_features

@@ -55,7 +55,7 @@ def _loader(pictures, batch_size=2):
     return DataLoader(pictures, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if len(family_of(name).reductions) > 1])
+@pytest.mark.parametrize("name", [name for name in SMALL if len(family_of(name).strides(name)) > 1])
 def test_every_hierarchical_family_trains(name, trainer):
     task = _task(backbone=name, model_args=SMALL[name] | DILATIONS.get(name, {}))
     before = {key: parameter.detach().clone() for key, parameter in task.named_parameters()}

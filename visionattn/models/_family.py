@@ -64,7 +64,8 @@ class Family:
             ``"detection"`` or ``"segmentation"``; they change no weight.
         dense_norm: The norms of the authors' dense backbones, None for none.
         checkpoint_filter_fn: Renames the entries of the authors' checkpoints to ours and leaves ours as they are.
-        reductions: Strides of the maps on the image, in pixels; a single one for a family of one resolution.
+        reductions: Strides of the maps on the image, in pixels; a single one for models of one resolution. A function
+            of the registered name where the models differ; :meth:`strides` gives those of a model.
     """
 
     small: Mapping[str, Mapping[str, Any]]
@@ -73,7 +74,11 @@ class Family:
     dense_args: Callable[[str, str], dict[str, Any]] = no_dense_args
     dense_norm: DenseNorm | None = None
     checkpoint_filter_fn: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = same_names
-    reductions: Sequence[int] = (4, 8, 16, 32)
+    reductions: Sequence[int] | Callable[[str], Sequence[int]] = (4, 8, 16, 32)
+
+    def strides(self, name: str) -> list[int]:
+        """Strides of the maps of the model ``name``; a single one if it has one resolution."""
+        return list(self.reductions(name.split(".")[0]) if callable(self.reductions) else self.reductions)
 
     def dense_settings(self, name: str, task: str) -> dict[str, Any]:
         """The arguments of the model ``name`` for a dense task, checked.
