@@ -39,7 +39,7 @@ def run(
     (heads, kv_heads), lengths = numbers((q.shape[-2], k.shape[-2])), numbers(q.shape[1:-2])
     group = heads // kv_heads
     cuts = [
-        _cut_axis(*options, tile=_TILE[q.ndim - 3], device=q.device)
+        _cut_axis(*options, tile=_TILE[q.ndim - 3], offsets=bias is not None, device=q.device)
         for options in zip(lengths, kernel_size, dilation, stride, is_causal, strict=True)
     ]
     # The query heads of a key head are more rows: [batch, tiles, key heads, group * queries, head_dim].
@@ -50,7 +50,8 @@ def run(
     scores = (queries @ keys.transpose(-2, -1)).unflatten(3, (group, -1))
     if bias is not None:
         sizes = [2 * size - 1 for size in kernel_size]
-        entry = _outer(torch.add, [cut.offset * math.prod(sizes[i + 1:]) for i, cut in enumerate(cuts)])
+        entry = _outer(torch.add, [
+            cut.offset * math.prod(sizes[i + 1:]) for i, cut in enumerate(cuts) if cut.offset is not None])
         scores = scores + _in(bias, compute).flatten(1)[:, entry].transpose(0, 1).unflatten(1, (-1, group))
     valid = _outer(torch.logical_and, [cut.valid for cut in cuts])
     scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
@@ -79,19 +80,21 @@ class _Cut(NamedTuple):
         query: Position of each query ``[tiles, queries]``; padding repeats the last query of the class.
         key: Position of each key ``[tiles, halo]``, kept inside of the axis.
         valid: Whether the query sees the key ``[tiles, queries, halo]``.
-        offset: Offset of the key from the query in units of dilation, plus ``kernel_size - 1``, same shape.
+        offset: Offset of the key from the query in units of dilation, plus ``kernel_size - 1``, same shape; None where
+            it is not asked for, as a graph would hold it even where it is not used.
         inverse: Where the query of each position is in ``query``, flattened ``[length]``.
     """
 
     query: Tensor
     key: Tensor
     valid: Tensor
-    offset: Tensor
+    offset: Tensor | None
     inverse: Tensor
 
 
 def _cut_axis(
-        length: int, kernel_size: int, dilation: int, stride: int, is_causal: bool, tile: int, device: torch.device,
+        length: int, kernel_size: int, dilation: int, stride: int, is_causal: bool, tile: int, offsets: bool,
+        device: torch.device,
 ) -> _Cut:
     longest = (length + dilation - 1) // dilation
     halo = tile + kernel_size - 1 + stride - 1
@@ -99,12 +102,14 @@ def _cut_axis(
         # The tables are numbers, which a graph holds as they are.
         tile, halo = min(tile, longest), min(halo, longest)
         with untraced():
-            tables = _tables(np, length, kernel_size, dilation, stride, is_causal, tile, halo, -(-longest // tile))
-            return _Cut(*(_on(device, torch.from_numpy(table)) for table in tables))
+            tables = _tables(
+                np, length, kernel_size, dilation, stride, is_causal, tile, halo, -(-longest // tile), offsets)
+            tensors: Any = (None if table is None else _on(device, torch.from_numpy(table)) for table in tables)
+            return _Cut(*tensors)
     # torch.export takes a size that may be 1 for one that is always 1.
     tiles = torch.sym_max((longest + tile - 1) // tile, 2)
     with device:
-        return _Cut(*_tables(torch, length, kernel_size, dilation, stride, is_causal, tile, halo, tiles))
+        return _Cut(*_tables(torch, length, kernel_size, dilation, stride, is_causal, tile, halo, tiles, offsets))
 
 
 def _on(device: torch.device, table: Tensor) -> Tensor:
@@ -113,7 +118,7 @@ def _on(device: torch.device, table: Tensor) -> Tensor:
 
 def _tables(
         lib: Any, length: int, kernel_size: int, dilation: int, stride: int, is_causal: bool, tile: int, halo: int,
-        tiles: int,
+        tiles: int, offsets: bool,
 ) -> tuple[Any, ...]:
     """The fields of a :class:`_Cut`, as arrays of ``lib``: NumPy, or PyTorch where the length is a symbol."""
     # Tables of [classes, tiles, ...] first, the two made one at the end.
@@ -132,14 +137,16 @@ def _tables(
     key = start[..., :1] + lib.arange(halo)
     wide = key[..., None, :]
     valid = (wide >= start[..., None]) & (wide < end[..., None])
-    offset = (wide - index[..., None] + kernel_size - 1).clip(0, 2 * kernel_size - 2)
+    offset = None
+    if offsets:
+        offset = (wide - index[..., None] + kernel_size - 1).clip(0, 2 * kernel_size - 2).reshape(-1, tile, halo)
     position = lib.arange(length)
     own = position // dilation
     return (
         (index * dilation + residue).reshape(-1, tile),
         (lib.minimum(key, members - 1) * dilation + residue).reshape(-1, halo),
         valid.reshape(-1, tile, halo),
-        offset.reshape(-1, tile, halo),
+        offset,
         (position % dilation * tiles + own // tile) * tile + own % tile,
     )
 
