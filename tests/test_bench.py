@@ -180,7 +180,8 @@ def test_backends_shows_an_op_that_is_written_in_one_go(toy):
 def test_backends_shows_every_op(capsys):
     assert main(["backends"]) == 0
     table = capsys.readouterr().out
-    for op in ("neighborhood_attention", "routed_attention", "kmeans_attention", "agent_attention"):
+    for op in ("neighborhood_attention", "routed_attention", "kmeans_attention", "agent_attention",
+               "varied_window_attention"):
         rows = rows_of(table, op)
         assert len(rows) == 8
         assert all(list(row.values()).count("chosen") == 1 and row["naive"] == "yes" for row in rows)
@@ -227,7 +228,7 @@ def test_benchmark_times_what_is_right(op, case, backward):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("op", "ours"), [("kmeans", "gathered"), ("agent", "fused"), ("neighborhood", "halo"),
-                                          ("routed", "gathered")])
+                                          ("routed", "gathered"), ("varied_window", "sampled")])
 @pytest.mark.filterwarnings("ignore")
 def test_benchmark_times_every_small_case_of_every_op(op, ours, backward):
     for name, case in ops.cases(f"{op}_attention").items():

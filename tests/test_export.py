@@ -302,7 +302,8 @@ def test_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["test_agent_deit", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("test_agent_pvt", "test_agent_swin", "test_agent_cswin"))])
+    pytest.param(name, marks=pytest.mark.slow) for name in (
+        "test_agent_pvt", "test_agent_swin", "test_agent_cswin", "test_swin_vsa"))])
 def test_dynamic_size_of_models_with_tables(name, tmp_path):
     """Also the size that the tables are for, which needs no interpolation, is free."""
     import onnxruntime

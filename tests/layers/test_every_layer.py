@@ -16,6 +16,7 @@ from visionattn.layers import (
     FullAttention,
     KMeansRoutingAttention,
     NeighborhoodAttention2d,
+    VariedSizeWindowAttention,
     auxiliary_losses,
 )
 from visionattn.layers.conv_norm import ConvNorm, NormLinear
@@ -33,6 +34,8 @@ LAYERS = {
     "kmeans, capacity": lambda: KMeansRoutingAttention(12, 2, 4, assignment="capacity", **D),
     "neighborhood": lambda: NeighborhoodAttention2d(12, 2, 3, **D),
     "neighborhood, padded": lambda: NeighborhoodAttention2d(12, 2, 3, dilation=3, **D),
+    "varied window": lambda: VariedSizeWindowAttention(12, 2, (3, 5), **D),
+    "varied window, padded": lambda: VariedSizeWindowAttention(12, 2, 4, dim_out=8, rules="vitae_dense", **D),
     "cascaded": lambda: CascadedGroupAttention(12, 2, window_size=3, **D),
     "cascaded, one window": lambda: CascadedGroupAttention(12, 2, window_size=7, **D),
     "conv": lambda: ConvNorm(12, 12, 3, groups=12, shortcut=True, **D),

@@ -17,6 +17,7 @@ from visionattn.ops import (
     neighborhood_attention,
     routed_attention,
     use_backend,
+    varied_window_attention,
 )
 
 
@@ -93,6 +94,16 @@ def agents(bias: bool = False, dtype: torch.dtype = torch.float64) -> Call:
     return Call(agent_attention, tensors, {}, {})
 
 
+def varied(bias: bool = False, dtype: torch.dtype = torch.float64) -> Call:
+    tensors = qkv(2, 6, 8, 2, 8, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name in ("offset", "stretch"):
+        tensors[name] = torch.randn(2, 2, 2, 2, 2, generator=generator).to(dtype)
+    if bias:
+        tensors["bias"] = torch.randn(2, 5, 7, generator=generator).to(dtype)
+    return Call(varied_window_attention, tensors, {}, {"window_size": (3, 4)})
+
+
 CALLS = {
     "whole map": neighborhood(5, 5, kernel_size=5),
     "whole map, bias": neighborhood(5, 5, kernel_size=5, bias=True),
@@ -114,10 +125,13 @@ CALLS = {
     "clusters, mask, not themselves": kmeans(masked=True, mask_self=True),
     "agents": agents(),
     "agents, bias": agents(bias=True),
+    "varied windows": varied(),
+    "varied windows, bias": varied(bias=True),
 }
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
-        agent_attention: "fused"}
+        agent_attention: "fused", varied_window_attention: "sampled"}
 SHARED = ("bias", "memory")  # what has no batch
+WIDE = ("agent_bias", "query_bias", "bias", "route_weights", "offset", "stretch")  # what autocast leaves as it is
 both_backends = pytest.mark.parametrize("backend", ["fast", "naive"])
 
 
@@ -143,7 +157,7 @@ def test_autocast_rounds_inputs_and_result_only(call, backend, dtype):
     """As in float32 with inputs that were rounded: what is between is not."""
     call = call.to(torch.float32)
     rounded = call._replace(tensors={
-        name: x if "bias" in name or name == "route_weights" else x.to(dtype).float()
+        name: x if name in WIDE else x.to(dtype).float()
         for name, x in call.tensors.items()})
     expected = rounded(backend="naive")
     with torch.autocast("cpu", dtype):

@@ -5,6 +5,7 @@ from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
 from .kmeans_routing import KMeansRoutingAttention
 from .neighborhood import NeighborhoodAttention2d
+from .varied_window import VariedSizeWindowAttention, vary_windows
 
 __all__ = [
     "AgentAttention",
@@ -14,5 +15,7 @@ __all__ = [
     "FullAttention",
     "KMeansRoutingAttention",
     "NeighborhoodAttention2d",
+    "VariedSizeWindowAttention",
     "auxiliary_losses",
+    "vary_windows",
 ]

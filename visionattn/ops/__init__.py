@@ -7,11 +7,13 @@ from .kept import held_bytes, release_memory
 from .kmeans import KMeansProblem, kmeans_attention
 from .neighborhood import NeighborhoodProblem, neighborhood_attention
 from .routed import RoutedProblem, routed_attention
+from .varied_window import VariedWindowProblem, varied_window_attention
 
 __all__ = [
-    "AgentProblem", "BackendError", "Case", "KMeansProblem", "NeighborhoodProblem", "RoutedProblem", "agent_attention",
-    "cases", "explain", "held_bytes", "kmeans_attention", "neighborhood_attention", "pool_agents", "release_memory",
-    "routed_attention", "use_backend",
+    "AgentProblem", "BackendError", "Case", "KMeansProblem", "NeighborhoodProblem", "RoutedProblem",
+    "VariedWindowProblem", "agent_attention", "cases", "explain", "held_bytes", "kmeans_attention",
+    "neighborhood_attention", "pool_agents", "release_memory", "routed_attention", "use_backend",
+    "varied_window_attention",
 ]
 
 dispatch.read_environment()
