@@ -1,4 +1,5 @@
 """Export: the file agrees with eager, uses standard operators, and a wrong file is not handed out."""
+import copy
 import json
 
 import lightning.pytorch as pl
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from visionattn import export
+from visionattn.facts import facts as export_facts
+from visionattn.facts import weights_sha256
 from visionattn.tasks import DetectionTask, SegmentationTask
 
 
@@ -172,6 +175,11 @@ def test_detection_run(detector, size, backbone, options, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "detections" in printed
     assert "not checked" not in printed
+    assert f"image [3, {size[0]}, {size[1]}]: one image, RGB, values in [0, 1]" in printed
+    found = {key: json.loads(facts(out)[key]) for key in ("score_threshold", "nms_threshold", "most_detections")}
+    assert found == {
+        "score_threshold": 0.05, "nms_threshold": 0.6 if detector == "fcos" else 0.5, "most_detections": 100}
+    assert json.loads(facts(out)["resize"]) == {"inside": True, "shorter_side": 64, "longest_side": 96}
     assert {node.domain for node in onnx.load(out).graph.node} <= {"", "ai.onnx"}
     image = pictures(3, *size)
     with torch.inference_mode():
@@ -290,15 +298,42 @@ def test_an_opset_out_of_range_is_refused(tmp_path):
 def test_metadata(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("test_efficientvit_cga", num_classes=2)
-    model.run = {"backbone": "test_efficientvit_cga", "class_names": ["cat", "dög"], "_mean": [0.1], "_std": [0.2]}
-    export.export_onnx(model, tmp_path / "model.onnx")
+    model.run = {
+        "backbone": "test_efficientvit_cga", "class_names": ["cat", "dög"], "_mean": [0.1], "_std": [0.2],
+        "_image_settings": dict(image_size=32, interpolation="bilinear", crop_pct=0.9, decoding={"channels": 3})}
+    report = export.export_onnx(model, tmp_path / "model.onnx", fuse=True)
     found = facts(tmp_path / "model.onnx")
     assert json.loads(found.pop("class_names")) == ["cat", "dög"]
+    assert json.loads(found.pop("resize")) == {
+        "interpolation": "bilinear", "centre_crop": [224, 224], "shorter_side": 248}
+    assert json.loads(found.pop("decoding")) == {"channels": 3}
     assert found.pop("producer").startswith("visionattn ")
+    assert found.pop("weights_sha256") == weights_sha256(model)  # as they are in the checkpoint, not as fused
     assert found == {
         "task": "classification", "model": "test_efficientvit_cga", "license": "mit", "image_size": "[224, 224]",
-        "channels": "3",
-        "mean": "[0.1]", "std": "[0.2]"}
+        "channels": "3", "channel_order": "RGB", "mean": "[0.1]", "std": "[0.2]"}
+    assert report.values == [
+        "images [batch, 3, 224, 224]: images, RGB, channels first, values in [0, 1] less mean, divided by std",
+        "logits [batch, 2]: classes in the order of class_names: softmax makes probabilities"]
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [f"{item.name} {item.doc_string}" for item in (*graph.input, *graph.output)] == [
+        f"{line.partition(' ')[0]} {line.partition(': ')[2]}" for line in report.values]
+
+
+def test_weights_have_one_sum_wherever_they_are():
+    model = timm.create_model("resnet10t", num_classes=2)
+    same = copy.deepcopy(model)
+    assert weights_sha256(model) == weights_sha256(same)
+    same.state_dict()["bn1.running_mean"][3] += 1e-6
+    assert weights_sha256(model) != weights_sha256(same)
+    assert weights_sha256(model.to(torch.bfloat16)) == weights_sha256(model)
+
+
+def test_a_published_model_says_how_its_images_are_made():
+    model = timm.create_model("smt_l_384", device="meta")
+    assert export_facts(model, (1, 3, 384, 384))["resize"] == {
+        "interpolation": "bicubic", "centre_crop": [384, 384], "sides": [384, 384]}
+    assert export_facts(timm.create_model("test_dinat", num_classes=0), (1, 1, 64, 96))["task"] == "features"
 
 
 @pytest.mark.parametrize("name", ["test_agent_deit", *(

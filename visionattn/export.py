@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate
 
-from . import __version__
-from .dense import DenseBackbone
+from .facts import describe, facts, timm_model, weights_sha256
 from .heads import PyramidPooling, Segmenter
 from .heads.detector import DETECTORS
 from .tasks.rebuild import create_model
@@ -54,6 +53,7 @@ class ExportReport(NamedTuple):
     opset: int
     ties: int  # random images redrawn because eager itself was undecided on them
     detections: int | None  # that were compared, of a detector
+    values: list[str]  # the inputs and outputs in words, a line each
 
 
 def export_onnx(
@@ -99,6 +99,7 @@ def export_onnx(
         raise ModuleNotFoundError(
             f"export needs the package {error.name}: pip install 'visionattn[export]'") from None
     out = Path(out)
+    sha256 = weights_sha256(model)
     model = copy.deepcopy(model).cpu().float().eval()
     if fuse:
         model = reparameterize_model(model, inplace=True)
@@ -128,8 +129,13 @@ def export_onnx(
     domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     if domains or proto.functions:
         raise RuntimeError(f"the export needs operators outside standard ONNX: {', '.join(sorted(domains))}")
-    for key, value in _facts(model, check.shapes[0]).items():
+    found = facts(model, check.shapes[0]) | {"weights_sha256": sha256}
+    for key, value in found.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    words = describe(found)
+    values = *proto.graph.input, *proto.graph.output
+    for item in values:
+        item.doc_string = words[item.name]
     out.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(proto, str(out))
     onnx.checker.check_model(str(out))
@@ -142,7 +148,8 @@ def export_onnx(
         raise
     written = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     return ExportReport(
-        out, difference, len(nodes), out.stat().st_size / 2 ** 20, written, ties, rows if detector else None)
+        out, difference, len(nodes), out.stat().st_size / 2 ** 20, written, ties, rows if detector else None,
+        [f"{item.name} {_shape(item)}: {item.doc_string}" for item in values])
 
 
 def main(argv: list[str]) -> None:
@@ -183,6 +190,8 @@ def print_report(report: ExportReport) -> None:
     print(f"file                {report.path} ({report.megabytes:.1f} MiB, {report.nodes} nodes, opset {report.opset})")
     print(f"largest difference  {report.difference:.1e} of {scale}, onnxruntime against PyTorch"
           f" (limit {TOLERANCE:.0e})")
+    for line in report.values:
+        print(line)
     if report.detections == 0:
         print("not checked         boxes: neither finds any object in the random images of the check")
     if report.ties:
@@ -246,45 +255,15 @@ def _graph(model: nn.Module, images: Tensor, opset: int, **options: Any) -> Any:
     return program.model_proto
 
 
-def _timm_model(model: Any) -> Any:
-    """The timm model in a segmenter or a detector; others are one themselves."""
-    return next((module.model for module in model.modules() if isinstance(module, DenseBackbone)), model)
-
-
 def _image_shape(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model was made for."""
-    model = _timm_model(model)
+    model = timm_model(model)
     channels, height, width = model.pretrained_cfg["input_size"]
     inner = getattr(model, "model", model)  # of what timm wraps for features
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
     channels = getattr(inner, "in_chans", first.in_channels if first else channels)
     made_for = getattr(inner, "img_size", None) or getattr(getattr(inner, "patch_embed", None), "img_size", None)
     return channels, *(to_2tuple(made_for) if made_for else (height, width))
-
-
-def _facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What is written into the file beside the graph, for those who feed it."""
-    run: dict[str, Any] = getattr(model, "run", {})
-    inside = isinstance(model, (Segmenter, *DETECTORS.values()))  # normalisation is part of the graph
-    config = getattr(_timm_model(model), "pretrained_cfg", {})
-    if isinstance(model, Segmenter):
-        task = "segmentation"
-    elif inside:
-        task = "detection"
-    else:
-        task = "classification" if getattr(model, "num_classes", 0) else "features"
-    mean, std = (config.get(key) or [value] for key, value in (("mean", 0.), ("std", 1.)))
-    return {
-        "producer": f"visionattn {__version__}",
-        "task": task,
-        "model": run.get("backbone") or config.get("architecture") or type(model).__name__,
-        "license": config.get("license") or "",
-        "image_size": list(shape[-2:]),
-        "channels": shape[-3],
-        "mean": [0.] * shape[-3] if inside else run.get("_mean", list(mean)),
-        "std": [1.] * shape[-3] if inside else run.get("_std", list(std)),
-    } | ({"class_names": run["class_names"]} if run.get("class_names") else {}) | (
-        {"multi_label": True, "thresholds": run.get("_thresholds")} if run.get("multi_label") else {})
 
 
 def _detector(model: Any, image_size: tuple[int, int] | None, opset: int) -> tuple[Any, _Check]:
@@ -360,6 +339,12 @@ def _objects(detector: nn.Module, image: Tensor, names: list[str]) -> _Answers:
     """What is detected in one image, as a tuple: ONNX knows no lists or dicts."""
     found, = detector([image])
     return tuple(found[name] for name in names)
+
+
+def _shape(value: Any) -> str:
+    """The shape of an input or output, in brackets; what is free has a name."""
+    lengths = value.type.tensor_type.shape.dim
+    return f"[{', '.join(length.dim_param or str(length.dim_value or '?') for length in lengths)}]"
 
 
 @contextmanager

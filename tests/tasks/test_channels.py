@@ -10,7 +10,7 @@ from PIL import Image
 
 from visionattn.cli import main
 from visionattn.dense import DenseBackbone
-from visionattn.export import _facts
+from visionattn.facts import facts
 from visionattn.tasks import ClassificationTask
 from visionattn.tasks.rebuild import create_model
 
@@ -74,8 +74,8 @@ def test_end_to_end(tmp_path, task, channels, ending):
     images = torch.rand(1, channels, 64, 64)
     assert model(list(images) if task == "detection" else images) is not None
     if task == "classification":
-        facts = _facts(model, (1, channels, 32, 32))
-        assert (facts["channels"], facts["mean"]) == (channels, [0.5] * channels)
+        found = facts(model, (1, channels, 32, 32))
+        assert (found["channels"], found["mean"]) == (channels, [0.5] * channels)
 
 
 def test_another_number_than_that_of_the_data(tmp_path, capfd):

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from visionattn.cli import main
-from visionattn.export import _facts
+from visionattn.facts import facts
 from visionattn.tasks import ClassificationTask
 from visionattn.tasks.multilabel import average_precisions, best_thresholds, threshold_scores
 from visionattn.tasks.rebuild import create_model
@@ -117,9 +117,9 @@ def test_test_and_predict(run):
 
 
 def test_an_exported_file_says_so(run):
-    facts = _facts(create_model(None, run / "checkpoints" / "best.ckpt"), (1, 3, 32, 32))
-    assert facts["multi_label"] is True
-    assert len(facts["thresholds"]) == 3
+    found = facts(create_model(None, run / "checkpoints" / "best.ckpt"), (1, 3, 32, 32))
+    assert found["multi_label"] is True
+    assert len(found["thresholds"]) == 3
 
 
 def test_a_run_of_one_label_each_is_another(run, capfd):

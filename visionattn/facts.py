@@ -1,0 +1,131 @@
+"""What an exported file says of itself: how it wants its images, what its answers mean, where its weights come from."""
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__
+from .dense import DenseBackbone
+from .heads import Segmenter
+from .heads.detector import DETECTORS
+
+__all__ = ["describe", "facts", "timm_model", "weights_sha256"]
+
+
+def facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The metadata of a model's file, as plain values (docs/export.md lists them), without the sum of its weights.
+
+    Args:
+        model: A timm model, a :class:`visionattn.heads.Segmenter` or one of torchvision's detectors; of a training
+            run its attribute ``run`` holds the hyper-parameters.
+        shape: Of the images, ``[..., channels, height, width]``.
+    """
+    run: dict[str, Any] = getattr(model, "run", {})
+    config = getattr(timm_model(model), "pretrained_cfg", {})
+    channels, size = shape[-3], list(shape[-2:])
+    found: dict[str, Any] = {
+        "producer": f"visionattn {__version__}",
+        "task": _task(model),
+        "model": run.get("backbone") or config.get("architecture") or type(model).__name__,
+        "license": config.get("license") or "",
+        "image_size": size,
+        "channels": channels,
+    }
+    if channels == 3:
+        found["channel_order"] = "RGB"
+    settings: dict[str, Any] = run.get("_image_settings") or {}
+    if found["task"] in ("segmentation", "detection"):  # normalisation is part of the graph
+        found |= {"mean": [0.] * channels, "std": [1.] * channels}
+    else:
+        mean, std = (config.get(key) or [value] for key, value in (("mean", 0.), ("std", 1.)))
+        found |= {"mean": run.get("_mean", list(mean)), "std": run.get("_std", list(std))}
+    found["resize"] = _resize(model, found["task"], size, settings, config)
+    if settings.get("decoding"):
+        found["decoding"] = settings["decoding"]
+    if run.get("class_names"):
+        found["class_names"] = run["class_names"]
+    if run.get("multi_label"):
+        found |= {"multi_label": True, "thresholds": run.get("_thresholds")}
+    if found["task"] == "detection":
+        found |= _selection(model)
+        if run.get("_category_ids"):
+            found["category_ids"] = list(run["_category_ids"])
+    return found
+
+
+def describe(found: dict[str, Any]) -> dict[str, str]:
+    """A line in words about each input and output that a file with the metadata ``found`` has, by its name."""
+    order = "RGB" if found.get("channel_order") else f"of {found['channels']} channels"
+    names = "in the order of class_names" if found.get("class_names") else "by their numbers"
+    if found["task"] == "detection":
+        return {
+            "image": f"one image, {order}, values in [0, 1], channels first; normalised and resized inside",
+            "boxes": "x1, y1, x2, y2 of each object in pixels of the image, best first",
+            "labels": f"classes of the objects from 1 on, {names}",
+            "scores": f"confidence of the objects, from {found['score_threshold']:g} to 1",
+            "masks": "probability that a pixel of the image belongs to the object",
+        }
+    if found["task"] == "segmentation":
+        return {
+            "images": f"images, {order}, values in [0, 1], channels first; normalised inside",
+            "logits": f"of each pixel, classes {names}: the largest is the pixel's class, softmax makes probabilities",
+        }
+    said = {"images": f"images, {order}, channels first, values in [0, 1] less mean, divided by std"}
+    if found["task"] == "features":
+        return said | {f"map_{i}": f"feature map {i}, the finest first" for i in range(64)}
+    meaning = "sigmoid makes probabilities, a class is present from its threshold on" if found.get("multi_label") else (
+        "softmax makes probabilities")
+    return said | {"logits": f"classes {names}: {meaning}"}
+
+
+def timm_model(model: Any) -> Any:
+    """The timm model in a segmenter or a detector; others are one themselves."""
+    return next((module.model for module in model.modules() if isinstance(module, DenseBackbone)), model)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's weights in float32: of the names and bytes of its state dict, in the order of the names.
+
+    Two models with equal weights have the same, whatever file the weights came from.
+    """
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        x = x.detach().cpu().flatten()
+        x = x.float() if x.is_floating_point() else x
+        digest.update(x.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _task(model: Any) -> str:
+    if isinstance(model, Segmenter):
+        return "segmentation"
+    if isinstance(model, tuple(DETECTORS.values())):
+        return "detection"
+    return "classification" if getattr(model, "num_classes", 0) else "features"
+
+
+def _resize(
+        model: Any, task: str, size: list[int], settings: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """How images of other sizes are brought to that of the file, as validation does it."""
+    if task == "detection":
+        transform = model.transform
+        return {"inside": True, "shorter_side": transform.min_size[-1], "longest_side": transform.max_size}
+    if task == "segmentation":
+        wanted = {"shorter_side": settings.get("short_side"), "longest_side": settings.get("max_size")}
+        return {"interpolation": "bilinear"} | {key: value for key, value in wanted.items() if value}
+    rule = settings or config
+    within = [math.floor(side / (rule.get("crop_pct") or 1.)) for side in size]
+    said = {"interpolation": rule.get("interpolation") or "bicubic", "centre_crop": size}
+    if not settings and config.get("crop_mode") == "squash":
+        return said | {"sides": within}
+    return said | {"shorter_side": min(within)}
+
+
+def _selection(detector: Any) -> dict[str, Any]:
+    """Which detections a detector keeps."""
+    holder = getattr(detector, "roi_heads", detector)
+    return {"score_threshold": float(holder.score_thresh), "nms_threshold": float(holder.nms_thresh),
+            "most_detections": int(holder.detections_per_img)}
