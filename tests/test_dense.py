@@ -17,6 +17,7 @@ GOLDEN = {  # numbers of the authors' dense backbones
     "agent_pvt_t_det": ("agent_pvt_t", "detection"),
     "efficientvit_m4_det": ("efficientvit_cga_m4", "detection"),
     "smt_s_dense_det": ("smt_s", "detection"),
+    "fcaformer_l1_dense": ("fcaformer_l1", "segmentation"),
 }
 AMPLIFIED = {"efficientvit_m4_det": 1e-7}  # rounding errors grow with these weights
 DILATIONS = {"dinat_s_tiny": dict(dilations=((1, 4), (1, 2), (1, 2), (1, 1)))}  # for the few blocks of the small model

@@ -3,7 +3,9 @@
 For dense tasks the authors of the zoo's families take other windows, dilations or grids than for classification, with
 the same weights (each family's ``dense_args``), and some put a norm on each map that they hand to the heads.
 """
+import re
 import sys
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -172,9 +174,11 @@ class DenseBackbone(nn.Module):
         if self.level_norm:
             weight = next(self.model.parameters())
             self.norms = nn.ModuleDict({
-                str(level): self.norms[str(level)] if str(level) in self.norms else LayerNorm2d(
-                    channels, eps=self.level_norm.eps, device=weight.device, dtype=weight.dtype)
+                str(level): self.norms[str(level)] if str(level) in self.norms else _level_norm(
+                    self.level_norm, level, channels, device=weight.device, dtype=weight.dtype)
                 for level, channels in zip(levels, self.channels, strict=True)})
+            if self.level_norm.widths is not None:
+                self.channels = [self.level_norm.widths[level] for level in levels]
         self.model.prune_intermediate_layers(levels, prune_norm=True, prune_head=True)
         head = getattr(self.model, "head", None)
         if isinstance(head, nn.Module) and any(True for _ in head.parameters()):  # older timm leaves ConvNeXt's norm
@@ -188,11 +192,14 @@ class DenseBackbone(nn.Module):
         for prefix in ("backbone.", "body."):  # of a whole detector, the authors' or ours
             inner = {key.removeprefix(prefix): x for key, x in content.items() if key.startswith(prefix)}
             content = inner or content
-        norms, weights = {}, {}
+        norms, weights, theirs = {}, {}, self.level_norm
+        inside = "norm." if theirs and theirs.widths is not None else ""
+        parts = [(theirs.prefix, inside), (theirs.projection, "proj.")][:2 if inside else 1] if theirs else []
         for key, x in content.items():
-            number, _, leaf = key.removeprefix(self.level_norm.prefix).partition(".") if self.level_norm else ("",) * 3
-            if self.level_norm and key.startswith(self.level_norm.prefix) and number.isdigit():
-                norms[f"norms.{number}.{leaf}"] = x
+            found = [f"norms.{match[1]}.{part}{match[2]}" for prefix, part in parts
+                     if (match := re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(.+)", key))]
+            if found:
+                norms[found[0]] = x
             elif key.startswith("norms."):
                 norms[key] = x
             else:
@@ -225,6 +232,15 @@ class DenseBackbone(nn.Module):
         if faults:
             raise ValueError(f"{path} is not a checkpoint of {self.name}: entries {', '.join(faults)}")
         self.load_state_dict({key: x for key, x in state_dict.items() if key in wanted}, strict=False)
+
+
+def _level_norm(kind: DenseNorm, level: int, channels: int, **dd: Any) -> nn.Module:
+    """What the authors put on the map of a level."""
+    if kind.widths is None:
+        return LayerNorm2d(channels, eps=kind.eps, **dd)
+    width = kind.widths[level]
+    return nn.Sequential(OrderedDict(
+        proj=nn.Conv2d(channels, width, 1, bias=False, **dd), norm=LayerNorm2d(width, eps=kind.eps, **dd)))
 
 
 def _family(name: str) -> Family:

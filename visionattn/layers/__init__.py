@@ -3,6 +3,7 @@ from .agent import AgentAttention
 from .auxiliary import AuxiliaryLosses, auxiliary_losses
 from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
+from .forward_cross import ForwardCrossAttention
 from .kmeans_routing import KMeansRoutingAttention
 from .neighborhood import NeighborhoodAttention2d
 from .varied_window import VariedSizeWindowAttention, vary_windows
@@ -12,6 +13,7 @@ __all__ = [
     "AuxiliaryLosses",
     "BiLevelRoutingAttention",
     "CascadedGroupAttention",
+    "ForwardCrossAttention",
     "FullAttention",
     "KMeansRoutingAttention",
     "NeighborhoodAttention2d",

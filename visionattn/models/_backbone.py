@@ -55,6 +55,8 @@ class Backbone(nn.Module):
             global_pool: str,
             drop_rate: float,
             norm_layer: Callable[..., nn.Module] | None = nn.LayerNorm,
+            *,
+            head_layer: Callable[..., Any] = ClassifierHead,
             **dd: Any,
     ) -> None:
         """Adds the final norm and the head, and draws the weights.
@@ -65,6 +67,7 @@ class Backbone(nn.Module):
             global_pool: How the head pools the last map; "" for not at all.
             drop_rate: Dropout rate before the classifier.
             norm_layer: Makes the final norm; None for none.
+            head_layer: Makes the head, a ``ClassifierHead`` of timm's or one derived from it.
             dd: Device and dtype of the parameters.
         """
         self.num_classes = num_classes
@@ -72,7 +75,7 @@ class Backbone(nn.Module):
         if hasattr(self, "min_sizes"):
             self.min_size = self.min_sizes[-1]
         self.norm = nn.Identity() if norm_layer is None else norm_layer(num_features, **dd)
-        self.head = ClassifierHead(
+        self.head = head_layer(
             num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd)
         self.head_hidden_size = num_features * self.head.global_pool.feat_mult()
         self.init_weights(needs_reset=False)

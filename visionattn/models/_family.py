@@ -35,10 +35,15 @@ class Peer(NamedTuple):
 
 
 class DenseNorm(NamedTuple):
-    """Layer norms that the authors' dense backbones put on each map that they hand to the heads."""
+    """Layer norms that the authors' dense backbones put on each map that they hand to the heads.
+
+    Some of them change its channels first, by a 1x1 convolution without a bias.
+    """
 
     prefix: str  # of the authors' names; the level's number follows
     eps: float
+    widths: Sequence[int] | None = None  # channels of the levels after that convolution; None for no such
+    projection: str = ""  # prefix of its names
 
 
 def no_dense_args(variant: str, task: str) -> dict[str, Any]:
