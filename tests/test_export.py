@@ -3,13 +3,16 @@ import copy
 import json
 
 import lightning.pytorch as pl
+import numpy as np
 import onnx
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
-from visionattn import export
+from visionattn import export, photos
+from visionattn.data.classification import evaluation_transform
 from visionattn.facts import facts as export_facts
 from visionattn.facts import weights_sha256
 from visionattn.tasks import DetectionTask, SegmentationTask
@@ -175,7 +178,7 @@ def test_detection_run(detector, size, backbone, options, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "detections" in printed
     assert "not checked" not in printed
-    assert f"image [3, {size[0]}, {size[1]}]: one image, RGB, values in [0, 1]" in printed
+    assert f"image [3, {size[0]}, {size[1]}]: one image, RGB, channels first, values in [0, 1]" in printed
     found = {key: json.loads(facts(out)[key]) for key in ("score_threshold", "nms_threshold", "most_detections")}
     assert found == {
         "score_threshold": 0.05, "nms_threshold": 0.6 if detector == "fcos" else 0.5, "most_detections": 100}
@@ -334,6 +337,66 @@ def test_a_published_model_says_how_its_images_are_made():
     assert export_facts(model, (1, 3, 384, 384))["resize"] == {
         "interpolation": "bicubic", "centre_crop": [384, 384], "sides": [384, 384]}
     assert export_facts(timm.create_model("test_dinat", num_classes=0), (1, 1, 64, 96))["task"] == "features"
+
+
+def _photo(height, width, seed=0):
+    """A photo in Pillow's form."""
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray((255 * export._blocks(3, height, width, generator=generator)).byte().movedim(0, -1).numpy())
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_classifier_takes_photos(interpolation, tmp_path):
+    """Of any size, as the data module makes images of them, but for the rounding of the interpolation."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    settings = dict(image_size=64, interpolation=interpolation, crop_pct=0.9)
+    model.run = {"_image_settings": settings, "_mean": [0.4, 0.5, 0.6], "_std": [0.3, 0.2, 0.1]}
+    report = export.export_onnx(model, tmp_path / "model.onnx", (64, 64), preprocess=True)
+    assert report.values[0] == (
+        "images [batch, height, width, 3]: images, RGB, uint8, channels last; resized, cropped and normalised inside")
+    found = facts(report.path)
+    assert json.loads(found["resize"])["inside"] is True
+    assert (found["mean"], found["layout"]) == ("[0.0, 0.0, 0.0]", "uint8, channels last")
+    transform = evaluation_transform(64, interpolation, 0.9, [0.4, 0.5, 0.6], [0.3, 0.2, 0.1])
+    for size in [(64, 64), (47, 120), (200, 151)]:
+        photo = _photo(*size)
+        with torch.inference_mode():
+            expected = model(transform(photo)[None])
+        logits = run(report.path, torch.from_numpy(np.array(photo))[None])["logits"]
+        assert (logits - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_segmenters_and_detectors_take_photos(tmp_path):
+    torch.manual_seed(0)
+    photo = torch.from_numpy(np.array(_photo(64, 96)))
+    image = photo.movedim(-1, 0) / 255
+    task = SegmentationTask("resnet10t", num_classes=3, head="semantic_fpn", head_channels=16).eval()
+    report = export.export_onnx(task.model, tmp_path / "masks.onnx", (64, 96), dynamic_size=True, preprocess=True)
+    with torch.inference_mode():
+        expected = task(image[None])
+    logits = run(report.path, photo[None])["logits"]
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert "[batch, 32*rows, 32*columns, 3]: images, RGB, uint8, channels last; normalised" in report.values[0]
+    task = detection_task("retinanet", strides=[16, 32])
+    report = export.export_onnx(task.model, tmp_path / "boxes.onnx", (64, 96), preprocess=True)
+    assert "image [64, 96, 3]" in report.values[0]
+    with torch.inference_mode():
+        expected, = task([image])
+    torch.testing.assert_close(run(report.path, photo)["scores"], expected["scores"], rtol=0, atol=1e-4)
+
+
+def test_photos_that_cannot_be_taken(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="photos have three channels, the model's images 1: leave preprocess out"):
+        export.export_onnx(timm.create_model("resnet10t", in_chans=1), tmp_path / "model.onnx", preprocess=True)
+    model = timm.create_model("resnet10t", num_classes=5)
+    model.run = {"_image_settings": dict(interpolation="lanczos")}
+    with pytest.raises(ValueError, match="ONNX has no interpolation lanczos, only bilinear and bicubic"):
+        export.export_onnx(model, tmp_path / "model.onnx", (32, 32), preprocess=True)
+    monkeypatch.setitem(photos._MODES, "bicubic", dict(mode="linear"))
+    with pytest.raises(RuntimeError, match="resizes photos in another way than PyTorch"):
+        export.export_onnx(timm.create_model("resnet10t"), tmp_path / "model.onnx", (32, 32), preprocess=True)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("name", ["test_agent_deit", *(

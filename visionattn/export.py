@@ -22,15 +22,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate
+from torchvision.transforms import v2
 
 from .facts import describe, facts, timm_model, weights_sha256
 from .heads import PyramidPooling, Segmenter
 from .heads.detector import DETECTORS
+from .photos import photo_part, prepend
 from .tasks.rebuild import create_model
 
 __all__ = ["ExportReport", "export_onnx"]
@@ -63,6 +66,7 @@ def export_onnx(
         dynamic_size: bool = False,
         fuse: bool = False,
         opset: int = OPSET,
+        preprocess: bool = False,
 ) -> ExportReport:
     """Writes ``model`` to the ONNX file ``out`` and checks it with onnxruntime on random images.
 
@@ -83,11 +87,13 @@ def export_onnx(
         fuse: Fold batch norms and the like into the layers beside them first, where the model's layers can do that
             (``timm.utils.reparameterize_model``).
         opset: Version of ONNX's operators, 18 to 23; of a detector 18 to 20.
+        preprocess: Take photos as they are: uint8, ``[batch, height, width, 3]``, of a detector ``[height, width, 3]``.
+            A classifier's file then resizes, crops and normalises them as validation does.
 
     Raises:
         ModuleNotFoundError: The packages of the ``export`` extra are missing.
         ValueError: ``dynamic_size`` with a detector, with UPerNet or with sides that are no multiples of 32; an
-            opset out of range.
+            opset out of range; ``preprocess`` for other channels than three.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
             onnxruntime's answers differ from eager's.
     """
@@ -130,6 +136,8 @@ def export_onnx(
     if domains or proto.functions:
         raise RuntimeError(f"the export needs operators outside standard ONNX: {', '.join(sorted(domains))}")
     found = facts(model, check.shapes[0]) | {"weights_sha256": sha256}
+    if preprocess:
+        check = _with_photos(proto, check, found)
     for key, value in found.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     words = describe(found)
@@ -148,7 +156,8 @@ def export_onnx(
         raise
     written = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     return ExportReport(
-        out, difference, len(nodes), out.stat().st_size / 2 ** 20, written, ties, rows if detector else None,
+        out, difference, sum(len(graph.node) for graph in _graphs(proto.graph)), out.stat().st_size / 2 ** 20, written,
+        ties, rows if detector else None,
         [f"{item.name} {_shape(item)}: {item.doc_string}" for item in values])
 
 
@@ -167,6 +176,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dynamic-size", action="store_true",
                         help="leave height and width free, in multiples of 32 (not for detectors and UPerNet)")
     parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
+    parser.add_argument("--preprocess", action="store_true",
+                        help="take photos as they are (uint8, height x width x RGB); a classifier's file resizes, "
+                             "crops and normalises them as validation does")
     parser.add_argument("--opset", type=int, default=OPSET, choices=OPSETS, metavar="N",
                         help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})")
     parser.add_argument("--out", default="model.onnx", metavar="FILE")
@@ -179,7 +191,7 @@ def main(argv: list[str]) -> None:
     if not args.model and not args.checkpoint:
         parser.error("give --model, or the --checkpoint of a run")
     model = create_model(args.model, args.checkpoint, pretrained=args.pretrained, num_classes=args.num_classes)
-    print_report(export_onnx(model, args.out, size, args.dynamic_size, args.fuse, args.opset))
+    print_report(export_onnx(model, args.out, size, args.dynamic_size, args.fuse, args.opset, args.preprocess))
 
 
 def print_report(report: ExportReport) -> None:
@@ -339,6 +351,53 @@ def _objects(detector: nn.Module, image: Tensor, names: list[str]) -> _Answers:
     """What is detected in one image, as a tuple: ONNX knows no lists or dicts."""
     found, = detector([image])
     return tuple(found[name] for name in names)
+
+
+def _with_photos(proto: Any, check: _Check, found: dict[str, Any]) -> _Check:
+    """Puts what makes images of photos before a network, checks that part alone, and returns the check of both."""
+    import onnxruntime
+
+    shape = [length.dim_param or length.dim_value for length in proto.graph.input[0].type.tensor_type.shape.dim]
+    opset = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
+    part = photo_part(found, shape, opset)
+    session = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def prepared(photos: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"photos": photos.numpy()})[0])
+
+    def draw(*shape: int, generator: torch.Generator) -> Tensor:
+        images = torch.stack([_blocks(*shape[-3:], generator=generator) for _ in range(math.prod(shape[:-3]))])
+        return (255 * images).round().byte().movedim(1, -1).reshape(*shape[:-3], *shape[-2:], shape[-3])
+
+    shapes = check.shapes
+    if "centre_crop" in found["resize"]:
+        height, width = shapes[0][-2:]
+        shapes = [(*shape[:-2], *size) for shape in shapes for size in (
+            (height, width), (2 * height + 17, width + 60), (height // 2 + 1, width // 2 + 30))]
+        _check_resizing(prepared, draw, found, shapes)
+        found["resize"] = found["resize"] | {"inside": True}
+    prepend(part, proto)
+    found |= {"layout": "uint8, channels last", "mean": [0.] * 3, "std": [1.] * 3}
+    return check._replace(answer=lambda photos: check.answer(prepared(photos)), draw=draw, shapes=shapes)
+
+
+def _check_resizing(
+        prepared: Callable[[Tensor], Tensor], draw: Callable[..., Tensor], found: dict[str, Any],
+        shapes: list[tuple[int, ...]]) -> None:
+    """Compares what the graph makes of photos with what validation makes of them."""
+    rule = found["resize"]
+    mode = v2.InterpolationMode(rule["interpolation"])
+    transform = v2.Compose([
+        v2.Resize(rule.get("sides") or rule["shorter_side"], mode), v2.CenterCrop(rule["centre_crop"]),
+        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(found["mean"], found["std"])])
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        photos = draw(*shape, generator=generator)
+        expected = torch.stack([transform(Image.fromarray(photo.numpy())) for photo in photos])
+        levels = (prepared(photos) - expected).abs() * 255 * torch.tensor(found["std"])[:, None, None]
+        if not levels.mean() <= 0.5 or not levels.max() <= 16:
+            raise RuntimeError("the graph resizes photos in another way than PyTorch: they differ by "
+                               f"{levels.max():.0f} of 255 levels, {levels.mean():.1f} in the mean")
 
 
 def _shape(value: Any) -> str:

@@ -58,10 +58,12 @@ def facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> dict[str, str]:
     """A line in words about each input and output that a file with the metadata ``found`` has, by its name."""
     order = "RGB" if found.get("channel_order") else f"of {found['channels']} channels"
+    order += ", uint8, channels last" if found.get("layout") else ", channels first"
+    values = "" if found.get("layout") else ", values in [0, 1]"
     names = "in the order of class_names" if found.get("class_names") else "by their numbers"
     if found["task"] == "detection":
         return {
-            "image": f"one image, {order}, values in [0, 1], channels first; normalised and resized inside",
+            "image": f"one image, {order}{values}; normalised and resized inside",
             "boxes": "x1, y1, x2, y2 of each object in pixels of the image, best first",
             "labels": f"classes of the objects from 1 on, {names}",
             "scores": f"confidence of the objects, from {found['score_threshold']:g} to 1",
@@ -69,10 +71,12 @@ def describe(found: dict[str, Any]) -> dict[str, str]:
         }
     if found["task"] == "segmentation":
         return {
-            "images": f"images, {order}, values in [0, 1], channels first; normalised inside",
+            "images": f"images, {order}{values}; normalised inside",
             "logits": f"of each pixel, classes {names}: the largest is the pixel's class, softmax makes probabilities",
         }
-    said = {"images": f"images, {order}, channels first, values in [0, 1] less mean, divided by std"}
+    said = {"images": f"images, {order}{values} less mean, divided by std"}
+    if found.get("layout"):
+        said = {"images": f"images, {order}; resized, cropped and normalised inside"}
     if found["task"] == "features":
         return said | {f"map_{i}": f"feature map {i}, the finest first" for i in range(64)}
     meaning = "sigmoid makes probabilities, a class is present from its threshold on" if found.get("multi_label") else (
