@@ -173,7 +173,8 @@ def test_vmap_over_images(name, gradients):
 
 
 def test_gradients_per_sample(name):
-    model, x = double(name), doubles(2)
+    # PyTorch 2.14 has no such gradient of a convolution of a single pixel in float64, as stride 32 makes of 32 pixels.
+    model, x = double(name), doubles(2, 64)
     parameters = {key: parameter.detach() for key, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
 
