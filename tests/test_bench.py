@@ -312,3 +312,17 @@ def test_the_tool_is_the_command():
     done = subprocess.run([sys.executable, TOOLS / "benchmark_ops.py", "--help"], text=True, capture_output=True,
                           check=True, cwd=TOOLS.parent, env=os.environ | {"PYTHONPATH": str(TOOLS.parent)})
     assert "--compiled" in done.stdout
+
+
+@pytest.mark.slow
+def test_families_are_timed_beside_swin_and_convnext(tmp_path):
+    out = tmp_path / "families.csv"
+    subprocess.run([sys.executable, TOOLS / "benchmark_families.py", "--models", "efficientvit*", "--batch", "2",
+                    "--repeats", "1", "--output", out], check=True)
+    with out.open(newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["swin_tiny_patch4_window7_224", "convnext_tiny", "efficientvit_cga_m0"]
+    for row in rows.values():
+        for what in ("forward_1", "forward_2", "step_2"):
+            assert float(row[f"{what}_ms"]) > 0
+    assert rows["convnext_tiny"]["step_2_over_convnext_tiny"] == "1.0"
