@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from visionattn.ops import (
     BackendError,
     agent_attention,
+    aggregated_attention,
     kmeans_attention,
     neighborhood_attention,
     routed_attention,
@@ -104,6 +105,20 @@ def varied(bias: bool = False, dtype: torch.dtype = torch.float64) -> Call:
     return Call(varied_window_attention, tensors, {}, {"window_size": (3, 4)})
 
 
+def aggregated(
+        height: int, width: int, kernel_size: int = 3, plain: bool = False, dtype: torch.dtype = torch.float64,
+) -> Call:
+    generator = torch.Generator().manual_seed(1)
+    tensors = qkv(2, height, width, 2, 8, dtype=dtype)
+    shapes = {"pooled_k": (2, 5, 2, 8), "pooled_v": (2, 5, 2, 8)}
+    if not plain:
+        places = kernel_size ** 2
+        shapes |= {"local_bias": (2, places), "pooled_bias": (2, height * width, 5),
+                   "local_weights": (2, height, width, 2, places)}
+    tensors |= {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return Call(aggregated_attention, tensors, {}, {"kernel_size": kernel_size})
+
+
 CALLS = {
     "whole map": neighborhood(5, 5, kernel_size=5),
     "whole map, bias": neighborhood(5, 5, kernel_size=5, bias=True),
@@ -127,9 +142,11 @@ CALLS = {
     "agents, bias": agents(bias=True),
     "varied windows": varied(),
     "varied windows, bias": varied(bias=True),
+    "window and pooled keys": aggregated(5, 4, plain=True),
+    "window and pooled keys, bias, weights": aggregated(4, 6, kernel_size=5),
 }
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
-        agent_attention: "fused", varied_window_attention: "sampled"}
+        agent_attention: "fused", varied_window_attention: "sampled", aggregated_attention: "shifted"}
 SHARED = ("bias", "memory")  # what has no batch
 WIDE = ("agent_bias", "query_bias", "bias", "route_weights", "offset", "stretch")  # what autocast leaves as it is
 both_backends = pytest.mark.parametrize("backend", ["fast", "naive"])

@@ -121,6 +121,7 @@ def test_routed_op(backend):
 
 
 def test_a_counter_made_before_the_first_call_knows_all_operators():
-    for name in ("neighborhood_slab", "neighborhood_triton", "routed_gathered", "routed_triton"):
+    for name in ("neighborhood_slab", "neighborhood_triton", "routed_gathered", "routed_triton", "aggregated_shifted",
+                 "aggregated_triton"):
         for direction in ("", "_backward"):
             assert getattr(torch.ops.visionattn, name + direction) in flop_registry

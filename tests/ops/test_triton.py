@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from visionattn.ops import neighborhood_attention, routed_attention
+from visionattn.ops import aggregated_attention, neighborhood_attention, routed_attention
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 if not torch.cuda.is_available() and triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
@@ -160,7 +160,57 @@ def test_routed_lists_longer_than_a_chunk(monkeypatch):
     _compare(routed_attention, inputs, 2e-3, routes=routes, region_size=2)
 
 
-@pytest.mark.parametrize("op", ["neighborhood", "routed"])
+AGGREGATED = {
+    # name: height, width, pooled keys, window, heads, dim, value dim, biases and weights
+    "square": (7, 7, 9, 3, 2, 24, 24, True),
+    "ragged": (9, 11, 70, 3, 1, 16, 40, True),
+    "wide_window": (5, 6, 4, 5, 2, 16, 16, True),
+    "plain": (6, 5, 1, 3, 2, 16, 16, False),
+    "window_is_larger": (2, 3, 4, 7, 1, 16, 16, True),
+}
+
+
+def _aggregated_inputs(height, width, pooled, window, heads, dim, value_dim, tables, batch=2, **to):
+    q, k = torch.randn(2, batch, height, width, heads, dim)
+    v = torch.randn(batch, height, width, heads, value_dim)
+    inputs = [q, k, v, torch.randn(batch, pooled, heads, dim), torch.randn(batch, pooled, heads, value_dim)]
+    if tables:
+        inputs.append(torch.randn(batch, height, width, heads, window ** 2))
+    biases = (torch.randn(heads, window ** 2), torch.randn(heads, height * width, pooled)) if tables else ()
+    return [*(x.to(**to) for x in inputs), *(x.to(to.get("device")) for x in biases)]
+
+
+def _aggregated(q, k, v, pooled_k, pooled_v, local_weights=None, local_bias=None, pooled_bias=None, **options):
+    return aggregated_attention(q, k, v, pooled_k, pooled_v, local_weights=local_weights, local_bias=local_bias,
+                                pooled_bias=pooled_bias, **options)
+
+
+@pytest.mark.parametrize("name", AGGREGATED)
+def test_aggregated(name, monkeypatch):
+    from visionattn.ops.aggregated import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_CHUNK_QUERIES", 64)
+    torch.manual_seed(0)
+    _compare(_aggregated, _aggregated_inputs(*AGGREGATED[name]), 2e-6, kernel_size=AGGREGATED[name][3])
+
+
+def test_aggregated_in_half_precision():
+    torch.manual_seed(0)
+    inputs = _aggregated_inputs(*AGGREGATED["square"], dtype=torch.float16)
+    _compare(_aggregated, inputs, 3e-3, kernel_size=3)
+
+
+def test_aggregated_reads_views_of_a_fused_projection():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 6, 3, 2, 16).unbind(3)
+    pooled_k, pooled_v = torch.randn(2, 4, 2, 2, 16).unbind(2)
+    for tensors in ((q, k, v), tuple(x.transpose(1, 2) for x in (q, k, v))):
+        actual, expected = (aggregated_attention(*tensors, pooled_k, pooled_v, backend=backend)
+                            for backend in ("triton", "naive"))
+        assert _error(actual, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("op", ["neighborhood", "routed", "aggregated"])
 def test_compiles_without_graph_breaks(op):
     torch.manual_seed(0)
     if op == "neighborhood":
@@ -168,6 +218,11 @@ def test_compiles_without_graph_breaks(op):
 
         def run(q, k, v, bias):
             return neighborhood_attention(q, k, v, 3, bias=bias, backend="triton")
+    elif op == "aggregated":
+        inputs = _aggregated_inputs(4, 5, 3, 3, 1, 16, 16, True, batch=1)
+
+        def run(*tensors):
+            return _aggregated(*tensors, backend="triton")
     else:
         inputs, routes = _routed_inputs(4, 4, (2, 2), 1, True, False, None, batch=1)
 
@@ -179,17 +234,21 @@ def test_compiles_without_graph_breaks(op):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("op", ["neighborhood", "neighborhood, lse", "routed"])
+@pytest.mark.parametrize("op", ["neighborhood", "neighborhood, lse", "routed", "aggregated"])
 def test_second_derivatives(op):
     torch.manual_seed(0)
     if op == "routed":
         inputs, routes = _routed_inputs(4, 4, (2, 2), 2, True, False, None, batch=1)
+    elif op == "aggregated":
+        inputs = _aggregated_inputs(4, 5, 3, 3, 1, 16, 16, True, batch=1)
     else:
         inputs = _neighborhood_inputs((5, 6), 1, 16, (3, 3), True, batch=1)
 
     def run(*tensors, backend):
         if op == "routed":
             return routed_attention(*tensors, routes, 2, backend=backend)
+        if op == "aggregated":
+            return _aggregated(*tensors, backend=backend)
         out = neighborhood_attention(*tensors[:3], 3, bias=tensors[3], backend=backend, return_lse="lse" in op)
         return torch.cat([x.flatten() for x in out]) if "lse" in op else out
 
@@ -204,7 +263,7 @@ def test_second_derivatives(op):
 
 _PRECISION = """
 import torch
-from visionattn.ops import neighborhood_attention, routed_attention
+from visionattn.ops import aggregated_attention, neighborhood_attention, routed_attention
 from visionattn.ops.triton_common import constants
 {setting}
 q = torch.randn(1, 4, 4, 1, 16)
@@ -249,6 +308,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from visionattn.ops.aggregated import triton_kernels as aggregated
 from visionattn.ops.neighborhood import triton_kernels as neighborhood
 from visionattn.ops.routed import triton_kernels as routed
 
@@ -259,13 +319,19 @@ kernels = [(neighborhood, name, window) for name in
            ("_forward_kernel", "_grad_query_kernel", "_grad_key_kernel", "_grad_bias_kernel")]
 kernels += [(routed, name, region) for name in ("_forward_kernel", "_grad_query_kernel", "_grad_key_kernel")]
 kernels += [(routed, "_sum_chunks_kernel", dict(KEY_REGION=(4, 4), BM=16, DIM=32, BLOCK=32))]
+window = channels | dict(K=3, HAS_LOCAL_BIAS=True, HAS_POOLED_BIAS=True, HAS_WEIGHTS=True, BM=64)
+kernels += [(aggregated, name, window) for name in
+            ("_forward_kernel", "_grad_query_kernel", "_grad_key_kernel", "_grad_pooled_kernel", "_grad_bias_kernel")]
 for dtype in ("fp32", "bf16"):
     for module, name, constants in kernels:
         kernel = getattr(module, name)
-        types = dict.fromkeys(("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v", "total"), "*" + dtype)
-        types |= dict.fromkeys(("bias", "lse", "grad_lse", "delta", "partial", "partial_k", "partial_v"), "*fp32")
+        types = dict.fromkeys(("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v", "total",
+                              "pooled_k", "pooled_v", "local_weights", "grad_local_weights"), "*" + dtype)
+        types |= dict.fromkeys(("bias", "lse", "grad_lse", "delta", "partial", "partial_k", "partial_v",
+                                "local_bias", "pooled_bias", "grad_bias", "sums"), "*fp32")
         types |= dict.fromkeys(("routes", "queries", "chunk_region", "chunk_first", "chunk_last", "ends"), "*i32")
-        types |= dict.fromkeys(("q_layout", "k_layout", "v_layout", "L", "D", "N"), ("i32",) * 3) | dict(scale="fp32")
+        types |= dict.fromkeys(("q_layout", "k_layout", "v_layout", "pooled_k_layout", "pooled_v_layout", "L", "D",
+                                "N"), ("i32",) * 3) | dict(scale="fp32")
         signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=2))
@@ -280,7 +346,7 @@ def test_kernels_compile_for_a_gpu():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", _CROSS_COMPILE], env=environment, text=True,
                           capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "8 kernels" in done.stdout
+    assert "13 kernels" in done.stdout
 
 
 # --- On a device ------------------------------------------------------------------------------------------------------
@@ -308,6 +374,16 @@ def test_routed_on_device(name, dtype, tolerance):
     height, width, *rest = ROUTES[name]
     inputs, routes = _routed_inputs(4 * height, 4 * width, *rest, dtype=dtype, device="cuda")
     _compare(routed_attention, inputs, tolerance, routes=routes, region_size=ROUTES[name][2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), _TOLERANCES)
+@pytest.mark.parametrize("name", AGGREGATED)
+def test_aggregated_on_device(name, dtype, tolerance):
+    torch.manual_seed(0)
+    height, width, *rest = AGGREGATED[name]
+    inputs = _aggregated_inputs(5 * height, 5 * width, *rest, dtype=dtype, device="cuda")
+    _compare(_aggregated, inputs, tolerance, kernel_size=AGGREGATED[name][3])
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """The kernel layer: pure functions on tensors, each with a naive form that defines it and faster backends."""
 from . import dispatch
 from .agent import AgentProblem, agent_attention, pool_agents
+from .aggregated import AggregatedProblem, aggregated_attention
 from .case import Case
 from .dispatch import BackendError, cases, explain, use_backend
 from .kept import held_bytes, release_memory
@@ -10,9 +11,9 @@ from .routed import RoutedProblem, routed_attention
 from .varied_window import VariedWindowProblem, varied_window_attention
 
 __all__ = [
-    "AgentProblem", "BackendError", "Case", "KMeansProblem", "NeighborhoodProblem", "RoutedProblem",
-    "VariedWindowProblem", "agent_attention", "cases", "explain", "held_bytes", "kmeans_attention",
-    "neighborhood_attention", "pool_agents", "release_memory", "routed_attention", "use_backend",
+    "AgentProblem", "AggregatedProblem", "BackendError", "Case", "KMeansProblem", "NeighborhoodProblem",
+    "RoutedProblem", "VariedWindowProblem", "agent_attention", "aggregated_attention", "cases", "explain", "held_bytes",
+    "kmeans_attention", "neighborhood_attention", "pool_agents", "release_memory", "routed_attention", "use_backend",
     "varied_window_attention",
 ]
 

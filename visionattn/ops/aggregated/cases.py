@@ -1,0 +1,73 @@
+"""What a call of aggregated attention is to a backend, and examples of it."""
+from typing import NamedTuple
+
+import torch
+
+from ..case import Case
+from .naive import pairs
+
+__all__ = ["CASES", "AggregatedProblem"]
+
+
+class AggregatedProblem(NamedTuple):
+    """What a backend has to know to say whether it can do a call."""
+
+    size: tuple[int, int]
+    heads: int
+    head_dim: int
+    value_dim: int
+    kernel_size: int
+    pooled: int
+    has_local_bias: bool
+    has_pooled_bias: bool
+    has_local_weights: bool
+    dtype: torch.dtype
+    device: str
+    requires_grad: bool = False
+    standard_only: bool = False
+
+
+def _case(
+        shape: tuple[int, int, int, int, int],
+        pooled: int = 49,
+        kernel_size: int = 3,
+        value_dim: int | None = None,
+        plain: bool = False,
+        groups: tuple[str, ...] = ("families",),
+) -> Case:
+    """A case of queries ``[batch, height, width, heads, head_dim]``; a plain one has neither biases nor weights."""
+    batch, height, width, heads, head_dim = shape
+    value_dim, places = value_dim or head_dim, kernel_size ** 2
+    problem = AggregatedProblem(
+        size=(height, width), heads=heads, head_dim=head_dim, value_dim=value_dim, kernel_size=kernel_size,
+        pooled=pooled, has_local_bias=not plain, has_pooled_bias=not plain, has_local_weights=not plain,
+        dtype=torch.float32, device="cpu")
+    inputs: dict[str, tuple[int, ...]] = {
+        "q": shape, "k": shape, "v": (*shape[:-1], value_dim), "pooled_k": (batch, pooled, heads, head_dim),
+        "pooled_v": (batch, pooled, heads, value_dim)}
+    parameters: dict[str, tuple[int, ...]] = {}
+    if not plain:
+        inputs["local_weights"] = (*shape[:-1], places)
+        parameters = {"local_bias": (heads, places), "pooled_bias": (heads, height * width, pooled)}
+    words = [f"K {kernel_size}", f"{pooled} pooled", *([] if plain else ["biases, weights"])]
+    return Case(problem, inputs, {"kernel_size": kernel_size}, parameters,
+                pairs=pairs(shape, (batch, pooled), kernel_size),
+                summary=", ".join(words), groups=groups)
+
+
+_SMALL = ("small",)
+CASES = {
+    "56x56": _case((1, 56, 56, 2, 24), groups=("families", "usual")),
+    "28x28": _case((1, 28, 28, 4, 24)),
+    "14x14": _case((1, 14, 14, 8, 24), groups=("families", "usual")),
+    "b8_56x56": _case((8, 56, 56, 2, 24)),
+    "b8_14x14": _case((8, 14, 14, 8, 24)),
+    "512_stage1": _case((1, 128, 128, 2, 24), pooled=256),
+    "32x32_h4": _case((1, 32, 32, 4, 24), groups=("scaling",)),
+    "64x64_h4": _case((1, 64, 64, 4, 24), groups=("scaling",)),
+    "128x128": _case((1, 128, 128, 4, 24), groups=("scaling",)),
+    "small": _case((2, 7, 9, 2, 8), pooled=6, groups=_SMALL),
+    "small_plain": _case((1, 6, 5, 2, 8), pooled=4, value_dim=4, plain=True, groups=_SMALL),
+    "small_window": _case((2, 9, 6, 1, 8), pooled=5, kernel_size=5, groups=_SMALL),
+    "small_window_is_larger": _case((1, 2, 3, 2, 8), pooled=1, kernel_size=7, groups=_SMALL),
+}
