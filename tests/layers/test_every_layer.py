@@ -11,8 +11,10 @@ from torch.func import functional_call, grad, vmap
 
 from visionattn.layers import (
     AgentAttention,
+    AggregatedAttention,
     BiLevelRoutingAttention,
     CascadedGroupAttention,
+    CosineAttention,
     ForwardCrossAttention,
     FullAttention,
     KMeansRoutingAttention,
@@ -27,8 +29,13 @@ CHANNELS_FIRST = ("cascaded", "conv")
 LAYERS = {
     "agent": lambda: AgentAttention(12, 2, (6, 5), agents=(3, 3), **D),
     "agent, another grid": lambda: AgentAttention(12, 2, (4, 4), agents=(3, 3), agent_grid=(4, 5), **D),
+    "aggregated": lambda: AggregatedAttention(12, 2, 7, 2, **D),
+    "aggregated, fixed pool, interpolated": lambda: AggregatedAttention(
+        12, 2, 7, 2, kernel_size=5, pool_size=3, bias_size=8, **D),
     "bilevel, input": lambda: BiLevelRoutingAttention(12, 2, n_win=2, topk=2, **D),
     "bilevel, qkv": lambda: BiLevelRoutingAttention(12, 2, n_win=2, topk=2, pad="qkv", **D),
+    "cosine": lambda: CosineAttention(12, 2, 7, **D),
+    "cosine, interpolated": lambda: CosineAttention(12, 2, 7, bias_size=8, **D),
     "forward cross": lambda: ForwardCrossAttention(12, 2, (6, 5), sources=0, **D),
     "forward cross, another size": lambda: ForwardCrossAttention(12, 2, (4, 4), sources=0, **D),
     "full": lambda: FullAttention(12, 2, **D),

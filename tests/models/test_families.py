@@ -356,7 +356,7 @@ def test_layer_decay(name):
     assert min(last_blocks) > scales[stem]
     for key, p in model.named_parameters():
         assert (decay[id(p)] == 0) == (
-            p.ndim <= 1 or key.endswith(".rpb") or key in ("cls_token", "pos_embed.table")), key
+            p.ndim <= 1 or key in model.no_weight_decay()), key
 
 
 # Tracing, scripting, compiling, exporting

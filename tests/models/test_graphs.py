@@ -22,7 +22,7 @@ OTHERS = {
     "test_agent_cswin": ((100, 75), {}), "test_agent_pvt": ((64, 96), {}), "test_routing_vit": ((100, 75), {}),
     "test_efficientvit_cga": ((100, 75), {}), "test_agent_deit": ((70, 90), {}),
     "test_smt": ((100, 75), {}), "test_fcaformer": ((100, 75), {}), "test_swin_vsa": ((100, 75), {}),
-    "test_vitaev2_vsa": ((100, 75), {}),
+    "test_vitaev2_vsa": ((100, 75), {}), "test_transnext": ((100, 75), {}),
 }
 
 

@@ -60,7 +60,7 @@ def benchmark(
     backward pass on CPU, nor has ``natten`` there.
 
     Args:
-        op: ``"neighborhood"``, ``"routed"``, ``"kmeans"``, ``"agent"`` or ``"varied_window"``.
+        op: ``"neighborhood"``, ``"routed"``, ``"kmeans"``, ``"agent"``, ``"varied_window"`` or ``"aggregated"``.
         case: Name of one of the op's cases, :func:`visionattn.ops.cases`.
         backward: Whether to time forward and backward, or forward only.
         dtype: Of q, k and v; tables of biases are float32.

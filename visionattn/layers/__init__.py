@@ -1,5 +1,6 @@
 """Attention modules, one kind a file."""
 from .agent import AgentAttention
+from .aggregated import AggregatedAttention, CosineAttention
 from .auxiliary import AuxiliaryLosses, auxiliary_losses
 from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
@@ -10,9 +11,11 @@ from .varied_window import VariedSizeWindowAttention, vary_windows
 
 __all__ = [
     "AgentAttention",
+    "AggregatedAttention",
     "AuxiliaryLosses",
     "BiLevelRoutingAttention",
     "CascadedGroupAttention",
+    "CosineAttention",
     "ForwardCrossAttention",
     "FullAttention",
     "KMeansRoutingAttention",
