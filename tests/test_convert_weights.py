@@ -25,6 +25,8 @@ OFFICIAL = {  # model: golden file with the layout of the authors' state dict
     "agent_pvt_t": "agent_pvt_t",
     "agent_swin_t": "agent_swin_t",
     "agent_cswin_t": "agent_cswin_t",
+    "smt_t": "smt_t",
+    "vitaev2_vsa_s": "vitaev2_vsa_s",
 }
 
 

@@ -466,7 +466,7 @@ def fcaformer_l4(pretrained: bool = False, **kwargs: Any) -> FcaFormer:
 def test_fcaformer(pretrained: bool = False, **kwargs: Any) -> FcaFormer:  # noqa: PT028 - no test function
     """Small enough for tests."""
     model_args = dict(
-        img_size=96, embed_dims=(8, 16, 24, 32), depths=(1, 1, 3, 2), num_heads=(3, 4), mlp_ratio=2., layer_scale=1.)
+        img_size=96, embed_dims=(8, 16, 24, 32), depths=(1, 1, 3, 1), num_heads=(3, 4), mlp_ratio=2., layer_scale=1.)
     return _create("test_fcaformer", pretrained, model_args, **kwargs)
 
 
