@@ -104,7 +104,7 @@ class ForwardCrossAttention(nn.Module):
 
     @unscripted
     def _bias(self, height: int, width: int) -> Tensor:
-        """The bias of every query for every key, ``[num_heads, height * width, height * width + tokens]``."""
+        """The bias of every query for every key, ``[1, num_heads, height * width, height * width + tokens]``."""
         height, width = numbers((height, width))
 
         def make() -> Tensor:
@@ -113,9 +113,9 @@ class ForwardCrossAttention(nn.Module):
             bias = resize_offsets(self.rpb, (height, width))[:, rows][..., columns]
             bias = bias.transpose(2, 3).flatten(3).flatten(1, 2)  # from [head, query y, key y, query x, key x]
             if not self.sources:
-                return bias
+                return bias[None]
             cross = resize(self.cross_bias, cross_size((height, width))).flatten(1)
-            return torch.cat([bias, cross[:, None].expand(-1, bias.shape[1], -1)], dim=2)
+            return torch.cat([bias, cross[:, None].expand(-1, bias.shape[1], -1)], dim=2)[None]
 
         sources = [self.rpb, self.cross_bias] if self.sources else [self.rpb]
         return keep("forward cross bias", (height, width), make, sources=sources, owner=self)
