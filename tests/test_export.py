@@ -35,6 +35,7 @@ def test_exported_file_agrees_with_eager(name, tmp_path):
 @pytest.mark.parametrize(("name", "options"), [
     pytest.param("test_biformer", {}, marks=pytest.mark.slow),
     pytest.param("test_dinat", {"dilations": [[2]] * 4}, marks=pytest.mark.slow),
+    pytest.param("test_datr", {"wrap": True}, marks=pytest.mark.slow),
     ("test_efficientvit_cga", {"depths": (1, 1, 1)})])
 def test_dynamic_size(name, options, tmp_path):
     """Sizes other than the traced one are right too, also smaller ones, where the maps have to be padded."""
@@ -153,7 +154,8 @@ def pictures(*shape):
 
 
 @pytest.mark.parametrize(("backbone", "options", "head"), [
-    ("test_biformer", {"depths": [1] * 4}, "semantic_fpn"), ("resnet10t", {}, "upernet")])
+    ("test_biformer", {"depths": [1] * 4}, "semantic_fpn"), ("test_datr", {"wrap": True}, "segformer"),
+    ("resnet10t", {}, "upernet")])
 def test_segmentation_run(backbone, options, head, tmp_path, capsys):
     torch.manual_seed(0)
     task = SegmentationTask(backbone, num_classes=5, model_args=options, head=head, head_channels=32).eval()

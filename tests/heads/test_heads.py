@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from visionattn.heads import FCNHead, PyramidPooling, SemanticFPNHead, UPerNetHead
+from visionattn.heads import FCNHead, PyramidPooling, SegFormerHead, SemanticFPNHead, UPerNetHead
 
 ODD = [(33, 47), (17, 24), (9, 12), (5, 6)]  # of an image whose sides 32 does not divide
 CHANNELS = [4, 6, 8, 10]
@@ -21,10 +21,12 @@ def make(kind, channels=CHANNELS, reductions=(4, 8, 16, 32), classes=3):
     torch.manual_seed(0)
     if kind == "upernet":
         return UPerNetHead(channels, classes, channels=8)
+    if kind == "segformer":
+        return SegFormerHead(channels, classes, channels=8)
     return SemanticFPNHead(channels, reductions, classes, channels=8, fpn_channels=16)
 
 
-@pytest.mark.parametrize("kind", ["upernet", "semantic_fpn"])
+@pytest.mark.parametrize("kind", ["upernet", "semantic_fpn", "segformer"])
 @pytest.mark.parametrize(("sizes", "reductions"), [
     (ODD, (4, 8, 16, 32)),
     ([(8, 8), (4, 4), (2, 2)], (16, 32, 64)),
@@ -41,7 +43,7 @@ def test_logits_have_the_size_of_the_finest_map(kind, sizes, reductions):
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
 
 
-@pytest.mark.parametrize("kind", ["upernet", "semantic_fpn"])
+@pytest.mark.parametrize("kind", ["upernet", "semantic_fpn", "segformer"])
 def test_every_map_is_used(kind):
     features = [x.requires_grad_() for x in maps()]
     make(kind).eval()(features).square().sum().backward()
@@ -107,6 +109,18 @@ def test_semantic_fpn_is_its_formula():
     fine, middle, coarse = head.scale_heads
     total = fine[0](levels[0]) + double(middle[0](levels[1])) + double(coarse[1](double(coarse[0](levels[2]))))
     torch.testing.assert_close(head(features), head.classifier.conv(total))
+
+
+def test_segformer_is_its_formula():
+    """Of the maps at the size of the finest, side by side; the authors' order of them is the other way around."""
+    head = make("segformer", CHANNELS[:3]).eval()
+    randomise_norms(head)
+    features = maps()[:3]
+    wide = torch.cat([interpolate(linear(x), size=features[0].shape[-2:], mode="bilinear")
+                      for linear, x in zip(head.linear, features, strict=True)], dim=1)
+    weight = torch.cat([fusion.weight for fusion in head.fusion], dim=1)
+    fused = head.norm(nn.functional.conv2d(wide, weight)).relu()
+    torch.testing.assert_close(head(features), head.classifier.conv(fused))
 
 
 def test_fcn_head():

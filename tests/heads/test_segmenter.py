@@ -34,7 +34,8 @@ def test_logits_cover_the_image(segmenter):
 
 
 @pytest.mark.parametrize(("head", "channels", "width", "auxiliary"), [
-    ("upernet", None, 512, 256), ("upernet", 32, 32, 16), ("semantic_fpn", None, 128, 64)])
+    ("upernet", None, 512, 256), ("upernet", 32, 32, 16), ("semantic_fpn", None, 128, 64),
+    ("segformer", None, 256, 128)])
 def test_widths(head, channels, width, auxiliary):
     with torch.device("meta"):
         made = Segmenter(DenseBackbone("test_dinat", "segmentation"), 4, head, channels, auxiliary=True)
@@ -46,7 +47,7 @@ def test_widths(head, channels, width, auxiliary):
 
 
 def test_unknown_head():
-    with pytest.raises(ValueError, match="upernet or semantic_fpn"):
+    with pytest.raises(ValueError, match="upernet, semantic_fpn or segformer"):
         Segmenter(DenseBackbone("test_dinat", "segmentation"), 4, "fcn")
 
 

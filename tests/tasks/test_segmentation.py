@@ -72,8 +72,9 @@ def test_every_hierarchical_family_trains(name, trainer):
 @pytest.mark.parametrize("kwargs", [
     dict(),
     dict(head="semantic_fpn", auxiliary_weight=0.0, losses={"dice": 1.0, "ohem": 1.0}, schedule="cosine"),
+    dict(backbone="test_datr", model_args={"wrap": True}, head="segformer", auxiliary_weight=0.0),
     dict(backbone="resnet10t", out_indices=[2, 3, 4]),
-], ids=["upernet", "semantic_fpn", "three levels of timm's"])
+], ids=["upernet", "semantic_fpn", "segformer", "three levels of timm's"])
 def test_learns(kwargs, trainer):
     task, batch = _task(lr=1e-2, **kwargs), _loader(_pictures(2))
     images, labels = next(iter(batch))
@@ -285,7 +286,7 @@ def test_two_processes_measure_what_one_does(tmp_path, trainer):
     (dict(num_classes=256), "255 labels at most"),
     (dict(class_names=["a"]), "1 class names were given for 5"),
     (dict(ema_decay=1.0), "ema_decay"),
-    (dict(head="deeplab"), "upernet or semantic_fpn"),
+    (dict(head="deeplab"), "upernet, semantic_fpn or segformer"),
     (dict(schedule="step"), "poly or cosine"),
     (dict(losses={"focal": 1.0}), "cross_entropy, dice, ohem"),
     (dict(class_weights=[1.0]), "1 class_weights were given for 5"),

@@ -1,11 +1,12 @@
 """Heads over a backbone's maps, where torchvision has none, and its detectors over such maps."""
 from .detector import build_detector
 from .fpn import FeaturePyramid
+from .segformer import SegFormerHead, segformer_head_weights
 from .segmenter import Segmenter, multi_scale, sliding_window
 from .semantic_fpn import SemanticFPNHead
 from .upernet import FCNHead, PyramidPooling, UPerNetHead
 
 __all__ = [
-    "FCNHead", "FeaturePyramid", "PyramidPooling", "Segmenter", "SemanticFPNHead", "UPerNetHead", "build_detector",
-    "multi_scale", "sliding_window",
+    "FCNHead", "FeaturePyramid", "PyramidPooling", "SegFormerHead", "Segmenter", "SemanticFPNHead", "UPerNetHead",
+    "build_detector", "multi_scale", "segformer_head_weights", "sliding_window",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..dense import DenseBackbone
 from .blocks import resize
+from .segformer import SegFormerHead
 from .semantic_fpn import SemanticFPNHead
 from .upernet import FCNHead, UPerNetHead
 
@@ -19,9 +20,9 @@ class Segmenter(nn.Module):
     Args:
         backbone: Gives the maps, finest first.
         num_classes: Channels of the logits.
-        head: ``upernet`` or ``semantic_fpn``.
-        channels: Width of the head; None for the papers' (512 of UPerNet, 128 of Semantic FPN). Semantic FPN's
-            pyramid is twice as wide, the auxiliary head half as wide.
+        head: ``upernet``, ``semantic_fpn`` or ``segformer``.
+        channels: Width of the head; None for the papers' (512 of UPerNet, 128 of Semantic FPN, 256 of SegFormer).
+            Semantic FPN's pyramid is twice as wide, the auxiliary head half as wide.
         auxiliary: Add an FCN head on the last but one map, for an auxiliary loss.
     """
 
@@ -32,18 +33,21 @@ class Segmenter(nn.Module):
             self,
             backbone: DenseBackbone,
             num_classes: int,
-            head: Literal["upernet", "semantic_fpn"] = "upernet",
+            head: Literal["upernet", "semantic_fpn", "segformer"] = "upernet",
             channels: int | None = None,
             auxiliary: bool = False,
     ):
         super().__init__()
-        if head not in ("upernet", "semantic_fpn"):
-            raise ValueError(f"head must be upernet or semantic_fpn, got {head!r}")
+        if head not in ("upernet", "semantic_fpn", "segformer"):
+            raise ValueError(f"head must be upernet, semantic_fpn or segformer, got {head!r}")
         self.backbone = backbone
         self.head: nn.Module
         if head == "upernet":
             channels = channels or 512
             self.head = UPerNetHead(backbone.channels, num_classes, channels)
+        elif head == "segformer":
+            channels = channels or 256
+            self.head = SegFormerHead(backbone.channels, num_classes, channels)
         else:
             channels = channels or 128
             self.head = SemanticFPNHead(backbone.channels, backbone.reductions, num_classes, channels, 2 * channels)

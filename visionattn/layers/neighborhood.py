@@ -29,6 +29,8 @@ class NeighborhoodAttention2d(nn.Module):
         qkv_bias: Whether the projection to queries, keys and values has a bias.
         rpb: Whether a learnt relative position bias ``[num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1]`` is added
             to the scores.
+        wrap: The map goes around its left and right edge, as a panorama does: the windows of queries there hold keys of
+            the other side. On a map narrower than the window they hold some columns more than once.
         proj_drop: Dropout rate of the output.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -45,6 +47,7 @@ class NeighborhoodAttention2d(nn.Module):
             dilation: int = 1,
             qkv_bias: bool = True,
             rpb: bool = True,
+            wrap: bool = False,
             proj_drop: float = 0.,
             device=None,
             dtype=None,
@@ -60,6 +63,7 @@ class NeighborhoodAttention2d(nn.Module):
         self.num_heads = num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
+        self.margin = kernel_size // 2 * dilation if wrap else 0  # columns that are repeated on either side
         width = 2 * kernel_size - 1
         self.rpb = nn.Parameter(torch.empty(num_heads, width, width, **dd)) if rpb else None
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
@@ -75,18 +79,30 @@ class NeighborhoodAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[batch, height, width, dim]``."""
         B, H, W, C = x.shape
-        x = _pad_to(x, self.kernel_size * self.dilation)
+        x = _pad_to(_wrap(x, self.margin), self.kernel_size * self.dilation)
         qkv = self.qkv(x).reshape(B, x.shape[1], x.shape[2], 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.unbind(3)
         x = _attend(q, k, v, self.kernel_size, self.dilation, self.rpb)
-        return self.proj_drop(self.proj(x[:, :H, :W].reshape(B, H, W, C)))
+        return self.proj_drop(self.proj(x[:, :H, self.margin:self.margin + W].reshape(B, H, W, C)))
 
     def extra_repr(self) -> str:
         """Shown when the module is printed."""
-        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+        wrap = ", wrap=True" if self.margin else ""
+        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}{wrap}"
 
 
-# torch.jit.script cannot compile the ops; it calls these two functions as Python.
+# torch.jit.script cannot compile the ops; it calls these functions as Python.
+
+@unscripted
+def _wrap(x: Tensor, margin: int) -> Tensor:
+    """Puts ``margin`` columns of a map's other side before its first and after its last one."""
+    if margin == 0:
+        return x
+    width = x.shape[2]
+    columns = torch.arange(-margin, width + margin, device=x.device)
+    # The divisor is a tensor because ONNX files of any width cannot hold another.
+    return x.index_select(2, columns % torch.full((), width, dtype=columns.dtype, device=x.device))
+
 
 @unscripted
 def _pad_to(x: Tensor, size: int) -> Tensor:

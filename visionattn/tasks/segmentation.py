@@ -1,4 +1,4 @@
-"""Semantic segmentation: any hierarchical backbone with UPerNet or Semantic FPN, measured by mean IoU."""
+"""Semantic segmentation: any backbone with UPerNet, Semantic FPN or SegFormer's head, measured by mean IoU."""
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -62,8 +62,8 @@ class SegmentationTask(Task):
         frozen_norms: Keep the statistics of the backbone's batch norms.
         grad_checkpointing: Trade time for memory in the backbone.
         drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
-        head: ``upernet`` or ``semantic_fpn``.
-        head_channels: Width of the head; None for the papers' (512 and 128).
+        head: ``upernet``, ``semantic_fpn`` or ``segformer``.
+        head_channels: Width of the head; None for the papers' (512, 128 and 256).
         losses: Weight of each loss: ``cross_entropy``, ``dice``, ``ohem``; None for cross-entropy alone.
         class_weights: Weight of each label's pixels in cross-entropy, for labels that are rare; None for equal ones.
         auxiliary_weight: Of the loss of an FCN head on the last but one stage; 0 for no such head. A backbone that
@@ -102,7 +102,7 @@ class SegmentationTask(Task):
             frozen_norms: bool = False,
             grad_checkpointing: bool = False,
             drop_path_rate: float | None = None,
-            head: Literal["upernet", "semantic_fpn"] = "upernet",
+            head: Literal["upernet", "semantic_fpn", "segformer"] = "upernet",
             head_channels: int | None = None,
             losses: dict[str, float] | None = None,
             class_weights: list[float] | None = None,
