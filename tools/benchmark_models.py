@@ -1,6 +1,7 @@
 """Times models of this zoo beside timm's nearest, and measures their peak memory; every output is checked first.
 
     python tools/benchmark_models.py --models 'efficientvit*'
+    python tools/benchmark_models.py --models transnext_micro --plain  # beside plain_transnext.py in place of timm's
 
 The timed runs of a pair are interleaved, each after an untimed one of the same model, and the figure is the median, so
 that a slow phase of the machine meets both. The peak memory of a forward pass is measured in a process of its own.
@@ -22,6 +23,7 @@ from typing import Any
 
 import timm
 import torch
+from plain_transnext import make_plain
 from torch import Tensor, nn
 
 from visionattn.bench import measure_machine
@@ -29,6 +31,7 @@ from visionattn.models import Peer, families
 
 __all__ = ["PAIRS", "benchmark", "main"]
 
+_PLAIN = "_plain"  # ends the name of a plain composition
 TOLERANCE = 1e-4  # of logits that must agree, as a share of the largest
 
 PAIRS = [peer for family in families().values() for peer in family.peers]
@@ -39,12 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--models", metavar="PATTERN", default="*", help=(
         f"only ours of this name, * stands for anything; there are {', '.join(dict.fromkeys(x.ours for x in PAIRS))}"))
+    parser.add_argument("--plain", action="store_true", help=(
+        "beside the same model with the same weights as a plain composition of PyTorch's operations: TransNeXt only"))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default: 1 8)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=21, help="timed runs of each model")
     parser.add_argument("--output", type=Path, default=Path("results/models_cpu.csv"))
     args = parser.parse_args(argv)
     pairs = [pair for pair in PAIRS if fnmatch.fnmatch(pair.ours, args.models)]
+    if args.plain:
+        names = dict.fromkeys(pair.ours for pair in pairs if pair.ours.startswith("transnext"))
+        pairs = [Peer(name, name + _PLAIN, timm.get_pretrained_cfg(name).input_size[1]) for name in names]
     if not pairs:
         parser.error(f"no model here is called {args.models!r}")
     torch.set_num_threads(args.threads)
@@ -117,6 +125,8 @@ def _checked(pair: Peer, images: Tensor) -> tuple[Any, nn.Module, str]:
                 raise RuntimeError(f"{name}: the output, {list(out.shape)}, is not finite or not of 1000 classes")
         if pair.same_weights:
             facts.append(f"timm's logits to {_agree(pair.ours, logits, expected):.0e}")
+        if pair.peer.endswith(_PLAIN):
+            facts.append(f"the plain composition's logits to {_agree(pair.ours, logits, expected):.0e}")
         if pair.fused:
             ours = ours.fuse()
             facts.append(f"as unfused to {_agree(pair.ours, ours(images), logits):.0e}")
@@ -125,6 +135,8 @@ def _checked(pair: Peer, images: Tensor) -> tuple[Any, nn.Module, str]:
 
 def _create(pair: Peer, name: str) -> Any:
     torch.manual_seed(0)
+    if name.endswith(_PLAIN):
+        return make_plain(timm.create_model(name.removesuffix(_PLAIN)).eval(), pair.size)
     takes_size = name == pair.peer or name.startswith("agent")  # those that have tables for one image size
     changed = takes_size and pair.size != timm.get_pretrained_cfg(name).input_size[1]
     return timm.create_model(name, **dict(img_size=pair.size) if changed else {}).eval()

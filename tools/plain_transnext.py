@@ -34,7 +34,7 @@ class _Plain(nn.Module):
         place = torch.arange(side, dtype=torch.float32)
         cell = F.adaptive_avg_pool1d(place[None], cells)[0]
         places, keys = torch.cartesian_prod(place, place), torch.cartesian_prod(cell, cell)
-        offsets = (places[:, None] - keys) / (of.position_bias.trained_size - 1) * 8
+        offsets = (places[:, None] - keys) / (of.position_bias.trained_size[0] - 1) * 8
         offsets = offsets.sign() * torch.log2(offsets.abs() + 1) / 3
         unique, index = offsets.flatten(0, 1).unique(dim=0, return_inverse=True)
         self.register_buffer("coordinates", unique, persistent=False)
