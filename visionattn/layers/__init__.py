@@ -6,6 +6,7 @@ from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
 from .forward_cross import ForwardCrossAttention
 from .kmeans_routing import KMeansRoutingAttention
+from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
 from .varied_window import VariedSizeWindowAttention, vary_windows
 
@@ -18,6 +19,7 @@ __all__ = [
     "CosineAttention",
     "ForwardCrossAttention",
     "FullAttention",
+    "HeadGates",
     "KMeansRoutingAttention",
     "NeighborhoodAttention2d",
     "VariedSizeWindowAttention",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from ..ops import aggregated_attention, pool_agents
@@ -34,15 +34,15 @@ class PositionBias(nn.Module):
 
     Args:
         num_heads: Heads, each of which has a bias of its own.
-        trained_size: Height and width of the map of queries in pretraining.
+        trained_size: Height and width of the map of queries in pretraining; one number where they are the same.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
 
-    def __init__(self, num_heads: int, trained_size: int, device=None, dtype=None):
+    def __init__(self, num_heads: int, trained_size: int | Grid, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.trained_size = trained_size
+        self.trained_size: Grid = to_2tuple(trained_size)
         self.hidden = nn.Linear(2, _HIDDEN, **dd)
         self.out = nn.Linear(_HIDDEN, num_heads, **dd)
 
@@ -69,7 +69,9 @@ def _position_bias(
     def make() -> Tensor:
         # An axis has few different offsets: the network runs for these, and the bias is taken from the result.
         axes = [_Axis(q, k, made_for, weight.device) for q, k in zip(queries, keys, strict=True)]
-        y, x = (_coordinates(axis.offsets, network.trained_size).to(weight.dtype) for axis in axes)
+        y, x = (
+                _coordinates(axis.offsets, trained).to(weight.dtype)
+                for axis, trained in zip(axes, network.trained_size, strict=True))
         table = _network(network, y, x)
         for dim, axis in enumerate(axes, 1):
             table = axis.take(table, dim)
@@ -154,7 +156,7 @@ class _Attention(nn.Module):
     """What both kinds of attention have: unit vectors, their scale, the position bias, gates of heads, the output."""
 
     def __init__(
-            self, dim: int, num_heads: int, trained_size: int, bias_size: int | None, gate: nn.Module | None,
+            self, dim: int, num_heads: int, trained_size: int | Grid, bias_size: int | None, gate: nn.Module | None,
             dd: dict[str, Any],
     ):
         super().__init__()
@@ -200,7 +202,7 @@ class AggregatedAttention(_Attention):
     Args:
         dim: Channels.
         num_heads: Divides ``dim``.
-        trained_size: Height and width of the map in pretraining.
+        trained_size: Height and width of the map in pretraining; one number where they are the same.
         pool_ratio: The map is pooled to ``height // pool_ratio`` by ``width // pool_ratio`` keys (at least one).
         kernel_size: Height and width of the window, odd.
         pool_size: Height and width that the map is pooled to instead, whatever its size (not more than its own), so
@@ -219,7 +221,7 @@ class AggregatedAttention(_Attention):
             self,
             dim: int,
             num_heads: int,
-            trained_size: int,
+            trained_size: int | Grid,
             pool_ratio: int,
             kernel_size: int = 3,
             pool_size: int | None = None,
@@ -258,7 +260,8 @@ class AggregatedAttention(_Attention):
 
     def heads(self, x: Tensor) -> Tensor:
         """The output of each head, ``[batch, height, width, heads, head_dim]``."""
-        pooled = self._pool(F.gelu(self.sr(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+        # The 1x1 convolution of channels that are adjacent is a linear layer.
+        pooled = self._pool(F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias)))
         return self._attend(self.q(x), self.kv(x), self.kv(self.norm(pooled)))
 
     @unscripted
@@ -294,7 +297,7 @@ class CosineAttention(_Attention):
     Args:
         dim: Channels.
         num_heads: Divides ``dim``.
-        trained_size: Height and width of the map in pretraining.
+        trained_size: Height and width of the map in pretraining; one number where they are the same.
         bias_size: Height and width of the map that the position bias is computed for and interpolated from; None
             computes it for each map's own size.
         gate: Computes the factors of the heads' outputs ``[batch, height, width, num_heads]`` from the input.
@@ -309,7 +312,7 @@ class CosineAttention(_Attention):
             self,
             dim: int,
             num_heads: int,
-            trained_size: int,
+            trained_size: int | Grid,
             bias_size: int | None = None,
             gate: nn.Module | None = None,
             device=None,

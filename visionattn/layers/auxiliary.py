@@ -5,9 +5,10 @@ A layer inherits from :class:`AuxiliaryLosses` and keeps each loss in its traini
 """
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["AuxiliaryLosses", "auxiliary_losses"]
+__all__ = ["AuxiliaryLosses", "auxiliary_losses", "in_backward"]
 
 
 class AuxiliaryLosses:
@@ -53,3 +54,9 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
             for name, loss in module.take_auxiliary_losses().items():
                 losses[name] = losses[name] + loss if name in losses else loss
     return losses
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread, as where gradient checkpointing computes anew."""
+    # torch.utils.checkpoint asks the same; there is no public way. A compiled graph has no recomputation of its own.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -27,7 +27,7 @@ from ..ops.kmeans.clustering import (
     top_tokens,
     unit_tokens,
 )
-from .auxiliary import AuxiliaryLosses
+from .auxiliary import AuxiliaryLosses, in_backward
 from .scripting import unscripted
 
 __all__ = ["KMeansRoutingAttention"]
@@ -134,7 +134,7 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         units = [unit_tokens(t if self.training else t.detach()) for t in (q, k)]
         # A backward pass that runs a training forward is gradient checkpointing: it must find the centroids of the
         # first time, and must not learn from the same tokens twice.
-        recomputing = self.training and _in_backward()
+        recomputing = self.training and in_backward()
         directions = self._directions if recomputing else F.normalize(self.centroids.to(units[0].dtype), dim=-1)
         q_scores, k_scores = (cluster_scores(t, directions) for t in units)
         if self.training and transforming():
@@ -184,9 +184,3 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
 def _window(tokens: int, num_clusters: int) -> int:
     """Tokens that a cluster takes."""
     return smaller(larger(-(-tokens // num_clusters), num_clusters), tokens)
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread."""
-    # torch.utils.checkpoint asks the same; there is no public way. A compiled graph has no recomputation of its own.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

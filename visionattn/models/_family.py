@@ -20,7 +20,7 @@ class Published(NamedTuple):
     """What the authors published about a model at its own image size."""
 
     top1: float  # per cent of ImageNet-1k's validation images, single crop
-    gmacs: float  # the papers' "FLOPs", 10^9: multiplications with additions counted as one
+    gmacs: float | None  # the papers' "FLOPs", 10^9: multiplications with additions counted as one; None for no figure
     whole: bool = True  # False if the authors' counter does not see the products of queries, keys and values
 
 
