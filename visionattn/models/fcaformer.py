@@ -124,7 +124,7 @@ class FcaBlock(nn.Module):
             crossed: Optional[Tensor],  # noqa: UP045
     ) -> Tuple[Tensor, Optional[Tensor]]:  # noqa: UP006, UP045
         """What the block computes."""
-        height, width = x.shape[1], x.shape[2]
+        batch, height, width = x.shape[0], x.shape[1], x.shape[2]
         if self.window is not None:
             x = _to_windows(x, self.window, self.pads_front)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), crossed)))
@@ -135,29 +135,31 @@ class FcaBlock(nn.Module):
         x = self.local_conv(y).permute(0, 2, 3, 1)
         x = x + self.drop_path2(self.ls2(self.mlp(self.mlp_norm(self.norm2(x)))))
         if self.window is not None:
-            x = _from_windows(x, self.window, self.pads_front, height, width)
+            x = _from_windows(x, self.window, self.pads_front, batch, height, width)
         return x, crossed
 
 
 @unscripted
 def _to_windows(x: Tensor, window: int, front: bool) -> Tensor:
     """Map ``[B, H, W, dim]`` to windows ``[windows, window, window, dim]``, those of an image row by row."""
-    height, width = numbers(x.shape[1:3])
-    rows, columns = -height % window, -width % window
-    x = F.pad(x, (0, 0, columns, 0, rows, 0) if front else (0, 0, 0, columns, 0, rows))
-    rows, columns, dim = x.shape[1] // window, x.shape[2] // window, x.shape[3]
-    return x.reshape(-1, rows, window, columns, window, dim).transpose(2, 3).reshape(-1, window, window, dim)
+    batch, (height, width), dim = x.shape[0], numbers(x.shape[1:3]), x.shape[3]
+    # Whole windows first, the padding from them: so compilers that know no sizes see that the reshape fits.
+    rows, columns = (height + window - 1) // window, (width + window - 1) // window
+    more_rows, more_columns = rows * window - height, columns * window - width
+    x = F.pad(x, (0, 0, more_columns, 0, more_rows, 0) if front else (0, 0, 0, more_columns, 0, more_rows))
+    x = x.reshape(batch, rows, window, columns, window, dim).transpose(2, 3)
+    return x.reshape(batch * rows * columns, window, window, dim)
 
 
 @unscripted
-def _from_windows(x: Tensor, window: int, front: bool, height: int, width: int) -> Tensor:
-    """The map ``[B, height, width, dim]`` of windows, without the padding."""
-    height, width = numbers((height, width))
-    top, left = (-height % window, -width % window) if front else (0, 0)
+def _from_windows(x: Tensor, window: int, front: bool, batch: int, height: int, width: int) -> Tensor:
+    """The map ``[batch, height, width, dim]`` of windows, without the padding."""
+    (height, width), dim = numbers((height, width)), x.shape[3]
     rows, columns = (height + window - 1) // window, (width + window - 1) // window
-    x = x.reshape(-1, rows, columns, window, window, x.shape[-1]).transpose(2, 3)
-    x = x.reshape(-1, rows * window, columns * window, x.shape[-1])
-    return x[:, top:top + height, left:left + width]
+    x = x.reshape(batch, rows, columns, window, window, dim).transpose(2, 3)
+    x = x.reshape(batch, rows * window, columns * window, dim)
+    top, left = (rows * window - height, columns * window - width) if front else (0, 0)
+    return x.narrow(1, top, height).narrow(2, left, width)
 
 
 class CrossStage(nn.Module):
