@@ -70,6 +70,28 @@ def test_chunks_change_nothing(size, monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [2 ** 10, 2 ** 20])
+@pytest.mark.parametrize("kind", ["none", "half", "all", "each head another share", "a head for each image"])
+def test_queries_that_are_chosen(kind, size, monkeypatch):
+    """By lists, or all of some heads, or none at all."""
+    monkeypatch.setattr(shifted, "_LEAST_SAVED", 0)
+    monkeypatch.setattr(shifted, "_CHUNK_BYTES", size)
+    given = tensors(shape=(3, 4, 5, 4, 8))
+    share = {"none": 0., "half": 0.5, "all": 1., "each head another share": torch.tensor([0., 0.2, 0.7, 1.])}
+    if kind in share:
+        active = torch.rand(given["q"].shape[:-1], generator=torch.Generator().manual_seed(2)) < share[kind]
+    else:
+        active = torch.zeros(given["q"].shape[:-1], dtype=torch.bool)
+        active[[0, 1, 2], :, :, [3, 0, 2]] = True
+    for biases in (True, False):
+        if not biases:
+            given = {name: x for name, x in given.items() if "local_" not in name and "bias" not in name}
+        actual, expected = (aggregated_attention(**given, active=active, backend=backend)
+                            for backend in ("shifted", "naive"))
+        torch.testing.assert_close(actual, expected)
+        assert not actual[~active].any()
+
+
 def test_all_tokens_are_pooled_keys():
     """Without the window's part, it is PyTorch's attention: the window's keys are far below the others."""
     given = tensors(pooled=30, dtype=torch.float32)
@@ -110,6 +132,7 @@ def test_the_cost_grows_with_the_tokens():
     (dict(local_bias=(2, 25)), r"local_bias must be \[2, 9\], got \[2, 25\]"),
     (dict(pooled_bias=(2, 30, 9)), r"pooled_bias must be \[2, 30, 4\], got \[2, 30, 9\]"),
     (dict(local_weights=(2, 30, 2, 9)), r"local_weights must be \[2, 5, 6, 2, 9\], got \[2, 30, 2, 9\]"),
+    (dict(active=(2, 5, 6, 2)), r"active must be booleans \[2, 5, 6, 2\], got torch.float64 \[2, 5, 6, 2\]"),
     (dict(kernel_size=4), "kernel_size must be a positive odd int, got 4"),
     (dict(kernel_size=True), "kernel_size must be a positive odd int, got True"),
 ])

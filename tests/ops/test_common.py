@@ -148,7 +148,8 @@ CALLS = {
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
         agent_attention: "fused", varied_window_attention: "sampled", aggregated_attention: "shifted"}
 SHARED = ("bias", "memory")  # what has no batch
-WIDE = ("agent_bias", "query_bias", "bias", "route_weights", "offset", "stretch")  # what autocast leaves as it is
+WIDE = ("agent_bias", "query_bias", "bias", "local_bias", "pooled_bias", "route_weights", "offset",
+        "stretch")  # what autocast leaves as it is
 both_backends = pytest.mark.parametrize("backend", ["fast", "naive"])
 
 

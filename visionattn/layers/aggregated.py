@@ -5,7 +5,7 @@ compare unit vectors, scale the scores by the logarithm of the number of keys, a
 computes from the offset of query and key, for maps of any size.
 """
 import math
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import aggregated_attention, pool_agents
 from ..ops.aggregated.naive import inside
-from ..ops.dispatch import exporting, larger, numbers, smaller
+from ..ops.dispatch import exporting, in_forward_mode, larger, numbers, smaller, transforming
 from ..ops.kept import keep
 from ..ops.sdpa import sdpa
 from .scripting import unscripted
@@ -25,6 +25,7 @@ Grid = tuple[int, int]  # rows and columns
 
 _HIDDEN = 512  # width of the network of the position bias
 _CHUNK_BYTES = 2 ** 22  # of its hidden layer at a time
+_FEW_KEYS = 128  # with fewer pooled keys no time is saved by leaving queries out
 
 
 class PositionBias(nn.Module):
@@ -178,13 +179,15 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, height, width, dim]`` to the same."""
-        heads = self.heads(x)
-        if self.gate is not None:
-            heads = heads * self.gate(x).unsqueeze(-1)
+        if self.gate is None:
+            heads = self.heads(x, None)
+        else:
+            gates = self.gate(x)
+            heads = self.heads(x, gates) * gates.unsqueeze(-1)
         return self.proj(heads.flatten(3))
 
-    def heads(self, x: Tensor) -> Tensor:
-        """The output of each head, ``[batch, height, width, heads, head_dim]``."""
+    def heads(self, x: Tensor, gates: Optional[Tensor]) -> Tensor:  # noqa: UP045 - TorchScript
+        """The output of each head, ``[batch, height, width, heads, head_dim]``; anything where its gate is 0."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -258,18 +261,20 @@ class AggregatedAttention(_Attention):
         trunc_normal_(self.learnable_tokens, std=.02)
         nn.init.zeros_(self.learnable_bias)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """The output of each head, ``[batch, height, width, heads, head_dim]``."""
+    def heads(self, x: Tensor, gates: Optional[Tensor]) -> Tensor:  # noqa: UP045 - TorchScript
+        """The output of each head, ``[batch, height, width, heads, head_dim]``; anything where its gate is 0."""
         # The 1x1 convolution of channels that are adjacent is a linear layer.
         pooled = self._pool(F.gelu(F.linear(x, self.sr.weight.flatten(1), self.sr.bias)))
-        return self._attend(self.q(x), self.kv(x), self.kv(self.norm(pooled)))
+        return self._attend(self.q(x), self.kv(x), self.kv(self.norm(pooled)), gates)
 
     @unscripted
     def _pool(self, x: Tensor) -> Tensor:
         return pool_agents(x, tuple(_cells(side, self.pool_ratio, self.pool_size) for side in numbers(x.shape[1:3])))
 
     @unscripted
-    def _attend(self, q: Tensor, kv: Tensor, pooled: Tensor) -> Tensor:
+    def _attend(
+            self, q: Tensor, kv: Tensor, pooled: Tensor, gates: Optional[Tensor],  # noqa: UP045 - TorchScript
+    ) -> Tensor:
         size, dim = numbers(q.shape[1:3]), self.query_embedding.shape[-1]
         cells: Any = tuple(_cells(side, self.pool_ratio, self.pool_size) for side in size)
         units = F.normalize(_split(q, dim), dim=-1, eps=1e-12)
@@ -287,7 +292,7 @@ class AggregatedAttention(_Attention):
         k, v, pooled_k, pooled_v = (t.to(q.dtype) for t in (k, v, pooled_k, pooled_v))
         return aggregated_attention(
             q, k, v, pooled_k, pooled_v, self.kernel_size, local_bias=self.local_bias, pooled_bias=bias,
-            local_weights=local_weights)
+            local_weights=local_weights, active=_active(gates, cells))
 
 
 @register_notrace_module
@@ -323,7 +328,7 @@ class CosineAttention(_Attention):
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.reset_parameters()
 
-    def heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor, gates: Optional[Tensor]) -> Tensor:  # noqa: UP045 - TorchScript
         """The output of each head, ``[batch, height, width, heads, head_dim]``."""
         return self._attend(self.qkv(x))
 
@@ -352,6 +357,17 @@ def _split(x: Tensor, dim: int) -> Tensor:
 def _scaled(units: Tensor, temperature: Tensor, query_embedding: Tensor, scale: Any) -> Tensor:
     """Queries for scores, from unit queries ``[..., heads, head_dim]`` and the scale of their lengths."""
     return (units + query_embedding.squeeze(1)) * (F.softplus(temperature).squeeze(1) * scale)
+
+
+def _active(gates: Tensor | None, cells: Grid) -> Tensor | None:
+    """Which queries must be computed; None for all, also where it takes no less time to leave some out."""
+    if gates is None or gates.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    if not isinstance(cells[0] * cells[1], int) or cells[0] * cells[1] < _FEW_KEYS:
+        return None
+    if torch.compiler.is_compiling() or exporting() or transforming() or in_forward_mode(gates):
+        return None
+    return gates != 0
 
 
 def _cells(side: Any, ratio: int, pool_size: int | None) -> Any:

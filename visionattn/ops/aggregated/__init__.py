@@ -34,6 +34,7 @@ def aggregated_attention(
         local_bias: Tensor | None = None,
         pooled_bias: Tensor | None = None,
         local_weights: Tensor | None = None,
+        active: Tensor | None = None,
 ) -> Tensor:
     """Attention of every query to the keys of the window around it and to pooled keys, under one softmax.
 
@@ -53,6 +54,8 @@ def aggregated_attention(
         local_weights: ``[batch, height, width, heads, kernel_size ** 2]``, added to the window's weights after the
             softmax, so that these need neither be positive nor sum to one. Those of places beyond the map count for
             nothing.
+        active: Booleans ``[batch, height, width, heads]``: the output is 0 where they are false, and is not computed
+            where that saves time.
 
     Returns:
         ``[batch, height, width, heads, value_dim]`` in the dtype of q, or autocast's where that is on (computed in
@@ -75,17 +78,20 @@ def aggregated_attention(
         _check_table("local_bias", local_bias, q, (heads, places))
         _check_table("pooled_bias", pooled_bias, q, (heads, tokens, pooled_k.shape[1]))
         _check_table("local_weights", local_weights, q, (*q.shape[:-1], places))
+        if active is not None and (active.shape != q.shape[:-1] or active.dtype != torch.bool):
+            raise ValueError(f"active must be booleans {list(q.shape[:-1])}, got {active.dtype} {list(active.shape)}")
         problem = AggregatedProblem(
             size=(q.shape[1], q.shape[2]), heads=heads, head_dim=q.shape[-1], value_dim=v.shape[-1],
             kernel_size=kernel_size, pooled=pooled_k.shape[1], has_local_bias=local_bias is not None,
-            has_pooled_bias=pooled_bias is not None, has_local_weights=local_weights is not None, dtype=q.dtype,
-            device=q.device.type,
+            has_pooled_bias=pooled_bias is not None, has_local_weights=local_weights is not None,
+            has_active=active is not None, dtype=q.dtype, device=q.device.type,
             requires_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
             standard_only=standard,
         )
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), tensors)
-    return _op.run(problem, backend, q, k, v, pooled_k, pooled_v, kernel_size, local_bias, pooled_bias, local_weights)
+    return _op.run(problem, backend, q, k, v, pooled_k, pooled_v, kernel_size, local_bias, pooled_bias, local_weights,
+                   active)
 
 
 def _check_maps(q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor) -> None:

@@ -2,6 +2,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..case import Case
 from .naive import pairs
@@ -21,6 +22,7 @@ class AggregatedProblem(NamedTuple):
     has_local_bias: bool
     has_pooled_bias: bool
     has_local_weights: bool
+    has_active: bool
     dtype: torch.dtype
     device: str
     requires_grad: bool = False
@@ -33,14 +35,19 @@ def _case(
         kernel_size: int = 3,
         value_dim: int | None = None,
         plain: bool = False,
+        active: bool = False,
         groups: tuple[str, ...] = ("families",),
 ) -> Case:
-    """A case of queries ``[batch, height, width, heads, head_dim]``; a plain one has neither biases nor weights."""
+    """A case of queries ``[batch, height, width, heads, head_dim]``; a plain one has neither biases nor weights.
+
+    ``active`` is half of the queries of all heads but the first, of which all are.
+    """
     batch, height, width, heads, head_dim = shape
     value_dim, places = value_dim or head_dim, kernel_size ** 2
     problem = AggregatedProblem(
         size=(height, width), heads=heads, head_dim=head_dim, value_dim=value_dim, kernel_size=kernel_size,
         pooled=pooled, has_local_bias=not plain, has_pooled_bias=not plain, has_local_weights=not plain,
+        has_active=active,
         dtype=torch.float32, device="cpu")
     inputs: dict[str, tuple[int, ...]] = {
         "q": shape, "k": shape, "v": (*shape[:-1], value_dim), "pooled_k": (batch, pooled, heads, head_dim),
@@ -49,8 +56,14 @@ def _case(
     if not plain:
         inputs["local_weights"] = (*shape[:-1], places)
         parameters = {"local_bias": (heads, places), "pooled_bias": (heads, height * width, pooled)}
+    def tables(generator: torch.Generator) -> dict[str, Tensor]:
+        wanted = torch.rand(shape[:-1], generator=generator) < 0.5
+        wanted[..., 0] = True
+        return {"active": wanted}
+
     words = [f"K {kernel_size}", f"{pooled} pooled", *([] if plain else ["biases, weights"])]
-    return Case(problem, inputs, {"kernel_size": kernel_size}, parameters,
+    words += ["half active"] if active else []
+    return Case(problem, inputs, {"kernel_size": kernel_size}, parameters, tables if active else None,
                 pairs=pairs(shape, (batch, pooled), kernel_size),
                 summary=", ".join(words), groups=groups)
 
@@ -63,11 +76,14 @@ CASES = {
     "b8_56x56": _case((8, 56, 56, 2, 24)),
     "b8_14x14": _case((8, 14, 14, 8, 24)),
     "512_stage1": _case((1, 128, 128, 2, 24), pooled=256),
+    "14x14_half": _case((1, 14, 14, 16, 24), active=True),
+    "32x32_half": _case((1, 32, 32, 16, 24), pooled=256, active=True),
     "32x32_h4": _case((1, 32, 32, 4, 24), groups=("scaling",)),
     "64x64_h4": _case((1, 64, 64, 4, 24), groups=("scaling",)),
     "128x128": _case((1, 128, 128, 4, 24), groups=("scaling",)),
     "small": _case((2, 7, 9, 2, 8), pooled=6, groups=_SMALL),
     "small_plain": _case((1, 6, 5, 2, 8), pooled=4, value_dim=4, plain=True, groups=_SMALL),
+    "small_active": _case((2, 6, 8, 3, 8), pooled=60, active=True, groups=_SMALL),
     "small_window": _case((2, 9, 6, 1, 8), pooled=5, kernel_size=5, groups=_SMALL),
     "small_window_is_larger": _case((1, 2, 3, 2, 8), pooled=1, kernel_size=7, groups=_SMALL),
 }

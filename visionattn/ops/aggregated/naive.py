@@ -19,6 +19,7 @@ def run(
         local_bias: Tensor | None,
         pooled_bias: Tensor | None,
         local_weights: Tensor | None,
+        active: Tensor | None = None,
 ) -> Tensor:
     """The public function with every argument explicit."""
     dtype, (height, width) = q.dtype, q.shape[1:3]
@@ -42,6 +43,8 @@ def run(
         local = local + local_weights.to(compute).masked_fill(~valid, 0)
     for weight, value in zip(local.unbind(dim=-1), _places(v, kernel_size), strict=True):
         out = out + weight[..., None] * value
+    if active is not None:
+        out = out.masked_fill(~active[..., None], 0)
     return out.to(dtype)
 
 

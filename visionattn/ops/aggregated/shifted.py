@@ -20,7 +20,9 @@ from . import naive
 
 __all__ = ["run"]
 
-_CHUNK_BYTES = 2 ** 20  # of scores at a time, about a core's L2 cache
+_CHUNK_BYTES = 2 ** 22  # of scores at a time; measured
+_LEAST_SAVED = 40  # pooled keys per query that must be saved on average for less to be faster; measured
+_LIST_COST = 1.3  # of a query that is in a list, in units of one of a head whose queries are all computed; measured
 
 
 def run(
@@ -33,14 +35,15 @@ def run(
         local_bias: Tensor | None,
         pooled_bias: Tensor | None,
         local_weights: Tensor | None,
+        active: Tensor | None = None,
 ) -> Tensor:
     """The public function with every argument explicit. The naive form stands for it on other devices and where
     standard operators are wanted: in exported graphs, under transforms of torch.func and in forward mode.
     """
     tensors = (q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights)
     if q.device.type not in ("cpu", "meta") or standard_only(*tensors):
-        return naive.run(*tensors[:5], kernel_size, *tensors[5:])
-    return _forward(*tensors, kernel_size)
+        return naive.run(*tensors[:5], kernel_size, *tensors[5:], active)
+    return _forward(*tensors, active, kernel_size)
 
 
 @torch.library.custom_op("visionattn::aggregated_shifted", mutates_args=())
@@ -53,6 +56,7 @@ def _forward(
         local_bias: Tensor | None,
         pooled_bias: Tensor | None,
         local_weights: Tensor | None,
+        active: Tensor | None,
         kernel_size: int,
 ) -> Tensor:
     dtype = q.dtype
@@ -62,15 +66,23 @@ def _forward(
     assert v is not None
     out = torch.empty(v.shape, dtype=v.dtype, device="cpu")
     places = kernel_size ** 2
-    for chunk in _chunks(q, v, pooled_k, kernel_size):
-        weights = chunk.probabilities(q, k, pooled_k, local_bias, pooled_bias)
-        for image in range(*chunk.images):
-            _heads_first(out[image, chunk.rows]).copy_(
-                torch.bmm(chunk.pooled(weights, image), pooled_v[image].transpose(0, 1)))
+    # Lists of queries are the shorter, the more queries there are to choose from.
+    for chunk in _chunks(q, v, pooled_k, kernel_size, size=_CHUNK_BYTES if active is None else 4 * _CHUNK_BYTES):
+        weights = chunk.local_scores(q, k, local_bias)
+        choice = None if active is None else _choice(active[chunk.part].flatten(1, 2), pooled_k.shape[1])
+        if choice is None:
+            chunk.softmax(weights, q, pooled_k, pooled_bias)
+            for image in range(*chunk.images):
+                _heads_first(out[image, chunk.rows]).copy_(
+                    torch.bmm(chunk.pooled(weights, image), pooled_v[image].transpose(0, 1)))
+        else:
+            _attend_chosen(chunk, weights, choice, q, pooled_k, pooled_v, pooled_bias, out[chunk.part])
         if local_weights is not None:
             weights[..., :places].add_(local_weights[chunk.part])
         for place, here, there in chunk.places:
             out[here].addcmul_(weights[chunk.within(here)][..., place, None], v[there])
+    if active is not None:
+        out.masked_fill_(~active[..., None], 0)
     return out.to(dtype)
 
 
@@ -94,8 +106,8 @@ def _backward(
     grads = [torch.zeros(0 if x is None else x.shape, dtype=q.dtype, device="cpu")
              for x in (q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights)]
     grad_q, grad_k, grad_v, grad_pooled_k, grad_pooled_v, grad_local_bias, grad_pooled_bias, grad_local_weights = grads
-    for chunk in _chunks(q, v, pooled_k, kernel_size, buffers=2):
-        weights = chunk.probabilities(q, k, pooled_k, local_bias, pooled_bias)
+    for chunk in _chunks(q, v, pooled_k, kernel_size, _CHUNK_BYTES, buffers=2):
+        weights = chunk.softmax(chunk.local_scores(q, k, local_bias), q, pooled_k, pooled_bias)
         scores = chunk.buffer(1)  # the gradient of the weights, then of the scores
         scores[..., :places].zero_()
         for place, here, there in chunk.places:
@@ -184,32 +196,36 @@ class _Chunk(NamedTuple):
         room = self.memory[len(self.memory) - x.numel():].view(x.shape)
         torch.sum(torch.mul(x, y, out=room), -1, out=out)
 
-    def probabilities(
-            self, q: Tensor, k: Tensor, pooled_k: Tensor, local_bias: Tensor | None, pooled_bias: Tensor | None,
-    ) -> Tensor:
-        """The softmax of the scores, in the first buffer."""
+    def local_scores(self, q: Tensor, k: Tensor, local_bias: Tensor | None) -> Tensor:
+        """The first buffer, with the scores of the window's keys."""
         scores, places = self.buffer(0), self.kernel_size ** 2
         scores[..., :places].fill_(-torch.inf)
         for place, here, there in self.places:
             self.dot(q[here], k[there], scores[self.within(here)][..., place])
         if local_bias is not None:
             scores[..., :places].add_(local_bias)
+        return scores
+
+    def softmax(self, scores: Tensor, q: Tensor, pooled_k: Tensor, pooled_bias: Tensor | None) -> Tensor:
+        """Adds the scores of the pooled keys to those of the window's; returns the softmax of all, in their place."""
         for image in range(*self.images):
             torch.bmm(_heads_first(q[image, self.rows]), pooled_k[image].permute(1, 2, 0),
                       out=self.pooled(scores, image))
         if pooled_bias is not None:
             table = pooled_bias[:, self.tokens].transpose(0, 1)
-            scores[..., places:].add_(table.unflatten(0, (-1, self.width)))
+            scores[..., self.kernel_size ** 2:].add_(table.unflatten(0, (-1, self.width)))
         return torch.softmax(scores, -1, out=scores)
 
 
-def _chunks(q: Tensor, v: Tensor, pooled_k: Tensor, kernel_size: int, buffers: int = 1) -> Iterator[_Chunk]:
+def _chunks(
+        q: Tensor, v: Tensor, pooled_k: Tensor, kernel_size: int, size: int, buffers: int = 1,
+) -> Iterator[_Chunk]:
     batch, height, width, heads, _ = q.shape
     keys = kernel_size ** 2 + pooled_k.shape[1]
     row = width * heads * keys * q.element_size()
-    rows = min(max(_CHUNK_BYTES // row, 1), height)
+    rows = min(max(size // row, 1), height)
     rows = -(-height // -(-height // rows))  # of one size, nearly
-    images = min(max(_CHUNK_BYTES // (row * height), 1), batch)
+    images = min(max(size // (row * height), 1), batch)
     dim = max(q.shape[-1], v.shape[-1])
     for first, top in itertools.product(range(0, batch, images), range(0, height, rows)):
         last, bottom = min(first + images, batch), min(top + rows, height)
@@ -224,6 +240,85 @@ def _chunks(q: Tensor, v: Tensor, pooled_k: Tensor, kernel_size: int, buffers: i
                 places.append((place, here, (here[0], slice(y0 + dy, y1 + dy), slice(x0 + dx, x1 + dx))))
         memory = workspace(tokens * (buffers * keys + dim), q.dtype)
         yield _Chunk((first, last), slice(top, bottom), width, heads, keys, kernel_size, places, memory)
+
+
+# --- Queries that are chosen ------------------------------------------------------------------------------------------
+
+
+class _Choice(NamedTuple):
+    """Which queries of a chunk are computed: of some heads all, of others those that lists name, of the rest none.
+
+    Attributes:
+        whole: Heads whose queries are all computed.
+        listed: Heads that have lists.
+        lists: Numbers of the queries ``[images, listed heads, longest]``, filled up with some that are not active.
+    """
+
+    whole: list[int]
+    listed: list[int]
+    lists: Tensor
+
+
+def _choice(active: Tensor, pooled: int) -> _Choice | None:
+    """What to compute for active queries ``[images, queries, heads]``; None for all, where that is as fast."""
+    if pooled < _LEAST_SAVED:
+        return None
+    queries, heads = active.shape[1:]
+    most = active.sum(dim=1).amax(dim=0).tolist()
+    chosen = sorted((head for head in range(heads) if most[head]), key=most.__getitem__)
+    costs = [_LIST_COST * few * most[chosen[few - 1]] + (len(chosen) - few) * queries if few else len(chosen) * queries
+             for few in range(len(chosen) + 1)]
+    few = costs.index(min(costs))
+    if (1 - costs[few] / (heads * queries)) * pooled < _LEAST_SAVED:
+        return None
+    listed, whole = sorted(chosen[:few]), sorted(chosen[few:])
+    longest = max((most[head] for head in listed), default=0)
+    order = active[..., listed].transpose(1, 2).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return _Choice(whole, listed, order[..., :longest])
+
+
+def _attend_chosen(
+        chunk: _Chunk, scores: Tensor, choice: _Choice, q: Tensor, pooled_k: Tensor, pooled_v: Tensor,
+        pooled_bias: Tensor | None, out: Tensor,
+) -> None:
+    """The same as :meth:`_Chunk.softmax` and what comes of the pooled values, of the chosen queries; 0 elsewhere.
+
+    Of the scores, only those of the window are looked at and become weights.
+    """
+    places, (images, rows, width, heads) = chunk.kernel_size ** 2, scores.shape[:-1]
+    tokens = rows * width
+    queries = q[chunk.part].flatten(1, 2)
+    keys, values = (x[slice(*chunk.images)].transpose(1, 2) for x in (pooled_k, pooled_v))
+    window = scores[..., :places].flatten(1, 2)
+    weights, result = torch.zeros_like(window), out.zero_().flatten(1, 2)
+    if choice.whole:
+        part = scores.new_empty(images, len(choice.whole), tokens, chunk.keys)
+        for i, head in enumerate(choice.whole):
+            part[:, i, :, :places] = window[:, :, head]
+            torch.bmm(queries[:, :, head], keys[:, head].mT, out=part[:, i, :, places:])
+            if pooled_bias is not None:
+                part[:, i, :, places:].add_(pooled_bias[head, chunk.tokens])
+        torch.softmax(part, -1, out=part)
+        for i, head in enumerate(choice.whole):
+            weights[:, :, head] = part[:, i, :, :places]
+            result[:, :, head] = part[:, i, :, places:] @ values[:, head]
+    if choice.listed:
+        listed, size = torch.tensor(choice.listed), (images * len(choice.listed), choice.lists.shape[-1])
+        image, row = torch.arange(images)[:, None, None], listed[:, None]
+        index = ((image * tokens + choice.lists) * heads + row).flatten()
+        part = scores.new_empty(*size, chunk.keys)
+        part[..., :places] = window.flatten(0, 2).index_select(0, index).view(*size, places)
+        picked = queries.reshape(-1, queries.shape[-1]).index_select(0, index).view(*size, -1)
+        torch.bmm(picked, keys[:, listed].flatten(0, 1).mT, out=part[..., places:])
+        if pooled_bias is not None:
+            table = pooled_bias.flatten(0, 1)
+            entries = (row * pooled_bias.shape[1] + chunk.tokens.start + choice.lists).flatten()
+            part[..., places:].add_(table.index_select(0, entries).view(*size, -1))
+        torch.softmax(part, -1, out=part)
+        weights.flatten(0, 2).index_copy_(0, index, part[..., :places].flatten(0, 1))
+        result.flatten(0, 2).index_copy_(
+            0, index, (part[..., places:] @ values[:, listed].flatten(0, 1)).flatten(0, 1))
+    window.copy_(weights)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -249,7 +344,7 @@ def _even(x: Tensor) -> Tensor:
 
 
 @_forward.register_fake
-def _(q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights, kernel_size):
+def _(q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights, active, kernel_size):
     return q.new_empty(v.shape)
 
 
@@ -261,26 +356,31 @@ def _(grad, *tensors_and_size):
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.kernel_size = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors)  # the last of them is no number
 
 
 def _autograd(ctx, grad):
-    tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[:8]
+    *tensors, active = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:8]
 
     def standard(*given: Tensor | None) -> Tensor:
-        return naive.run(*given[:5], ctx.kernel_size, *given[5:])  # type: ignore[call-arg, arg-type]
+        return naive.run(*given[:5], ctx.kernel_size, *given[5:], active)  # type: ignore[call-arg, arg-type]
 
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
-        return *differentiated(standard, tensors, grad, needed), None
+        return *differentiated(standard, tensors, grad, needed), None, None
+    if active is not None:
+        grad = grad.masked_fill(~active[..., None], 0)
     grads = _backward(grad.contiguous(), *tensors, ctx.kernel_size)
-    return *(x if need else None for x, need in zip(grads, needed, strict=True)), None
+    return *(x if need else None for x, need in zip(grads, needed, strict=True)), None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.visionattn.aggregated_shifted)
-def _forward_flops(q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights, kernel_size, **kwargs) -> int:
+def _forward_flops(
+        q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights, active, kernel_size, **kwargs,
+) -> int:
     return naive.flops(q, v, pooled_k, kernel_size)
 
 

@@ -12,6 +12,8 @@ __all__ = ["run", "supports"]
 
 def supports(problem) -> tuple[bool, str]:
     """Whether the kernels can do the problem, and why not."""
+    if problem.has_active:
+        return False, "the triton kernels compute all queries"
     return triton_support.supports(problem)
 
 
@@ -25,6 +27,7 @@ def run(
         local_bias: Tensor | None,
         pooled_bias: Tensor | None,
         local_weights: Tensor | None,
+        active: None = None,
 ) -> Tensor:
     """The public function with every argument explicit."""
     q, k, v = (triton_support.token_strided(x) for x in (q, k, v))
