@@ -19,8 +19,10 @@ VARIANTS = {
 
 
 def official(name, **options):
-    """A model with the weights of a golden file, loaded as a user loads them."""
-    overlay = dict(state_dict={"model": golden.official_state_dict(golden.load(name))})
+    """A model with the weights of a golden file, loaded as a user loads them: tables and counters stand beside them."""
+    case = golden.load(name)
+    computed = {key: torch.zeros(shape, dtype=torch.int64) for key, shape, kind in case["state_dict"] if kind == "computed"}
+    overlay = dict(state_dict={"model": golden.official_state_dict(case) | computed})
     return timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64, **options).eval()
 

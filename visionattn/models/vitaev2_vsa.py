@@ -99,10 +99,11 @@ class ReductionCell(nn.Module):
 def widen(x: Tensor) -> Tensor:
     """An image ``[B, C, H, W]`` with a row or column of zeros on both ends of a side that 4 does not divide.
 
-    So the stem gives as many tokens as patches of 4 pixels cover the side.
+    So the stem gives as many tokens as patches of 4 pixels cover the side. A graph that is exported for any size is for
+    sizes that 4 divides, if the example's is; PyTorch says so where others are wanted.
     """
-    rows, columns = ((length % 4 + 3) // 4 for length in numbers(x.shape[2:]))
-    return F.pad(x, (columns, columns, rows, rows))
+    rows, columns = (1 if length % 4 else 0 for length in numbers(x.shape[2:]))
+    return F.pad(x, (columns, columns, rows, rows)) if rows or columns else x
 
 
 class NormalCell(BaseBlock):

@@ -24,7 +24,7 @@ def run(
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     x, y = places(offset, stretch, window, compute)
     k, v = interpolate(k, x, y), interpolate(v, x, y)
-    scores = scale * cut(q, window) @ k.transpose(-2, -1)
+    scores = scale * cut(q, grid, window) @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + pair_bias(bias.to(compute), window)[:, None]
     return join(scores.softmax(dim=-1) @ v, grid, window).to(dtype)

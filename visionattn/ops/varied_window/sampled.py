@@ -29,7 +29,8 @@ def run(
 ) -> Tensor:
     """The public function with every argument explicit."""
     dtype, batch, head_dim = q.dtype, q.shape[0], q.shape[-1]
-    (height, width), grid = numbers(q.shape[1:3]), numbers(offset.shape[1:3])
+    grid = numbers(offset.shape[1:3])
+    height, width = grid[0] * window[0], grid[1] * window[1]
     compute = torch.promote_types(dtype, torch.float32)
     x, y = places(offset, stretch, window, compute)
     tokens = torch.cat([k, v], dim=-1).to(compute)
@@ -41,7 +42,7 @@ def run(
         sampled = _sample(images, where).permute(0, 2, 3, 1).contiguous()
     # Half precision is rounded once, at the end; the kernels of accelerators want it as it is.
     narrow = compute if q.device.type == "cpu" else dtype
-    q, sampled = cut(q.to(narrow), window).flatten(0, 1), sampled.to(narrow)
+    q, sampled = cut(q.to(narrow), grid, window).flatten(0, 1), sampled.to(narrow)
     mask = None
     if bias is not None:
         mask = pair_bias(bias.to(narrow), window)[:, None].expand(batch, -1, -1, -1, -1).flatten(0, 1)

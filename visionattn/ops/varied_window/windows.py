@@ -8,17 +8,21 @@ from ..kept import keep
 __all__ = ["cut", "join", "pair_bias", "places"]
 
 
-def cut(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """A map ``[batch, height, width, heads, dim]`` as ``[batch, heads, windows, tokens, dim]``."""
-    height, width = numbers(x.shape[1:3])
-    x = x.unflatten(2, (width // window[1], window[1])).unflatten(1, (height // window[0], window[0]))
-    return x.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)
+def cut(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """A map ``[batch, height, width, heads, dim]`` as ``[batch, heads, windows, tokens, dim]``.
+
+    ``grid`` is the number of rows and columns of windows.
+    """
+    batch, heads, dim = x.shape[0], x.shape[3], x.shape[4]
+    x = x.reshape(batch, grid[0], window[0], grid[1], window[1], heads, dim)
+    return x.permute(0, 5, 1, 3, 2, 4, 6).reshape(batch, heads, grid[0] * grid[1], window[0] * window[1], dim)
 
 
 def join(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`cut`; ``grid`` is the number of rows and columns of windows."""
-    x = x.unflatten(3, window).unflatten(2, grid).permute(0, 2, 4, 3, 5, 1, 6)
-    return x.flatten(3, 4).flatten(1, 2).contiguous()
+    """The inverse of :func:`cut`."""
+    batch, heads, dim = x.shape[0], x.shape[1], x.shape[4]
+    x = x.reshape(batch, heads, *grid, *window, dim).permute(0, 2, 4, 3, 5, 1, 6)
+    return x.reshape(batch, grid[0] * window[0], grid[1] * window[1], heads, dim)
 
 
 def places(offset: Tensor, stretch: Tensor, window: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
