@@ -24,7 +24,7 @@ __all__ = ["AggregatedAttention", "CosineAttention", "PositionBias"]
 Grid = tuple[int, int]  # rows and columns
 
 _HIDDEN = 512  # width of the network of the position bias
-_CHUNK_BYTES = 2 ** 22  # of its hidden layer at a time
+_CHUNK_BYTES = 2 ** 20  # of its hidden layer at a time
 _FEW_KEYS = 128  # with fewer pooled keys no time is saved by leaving queries out
 
 
