@@ -27,6 +27,8 @@ OFFICIAL = {  # model: golden file with the layout of the authors' state dict
     "agent_cswin_t": "agent_cswin_t",
     "smt_t": "smt_t",
     "vitaev2_vsa_s": "vitaev2_vsa_s",
+    "transnext_micro": "transnext_micro",
+    "moh_transnext_small_75": "moh_transnext_small_75",
 }
 
 
