@@ -264,8 +264,8 @@ def _check_depths(state_dict: dict[str, Tensor], model: SMT) -> None:
     found = tuple(sum(block.startswith(f"block{i}.") for block in blocks) for i in range(1, 5))
     depths = tuple(len(stage.blocks) for stage in model.stages)
     if found != depths:
-        raise ValueError(f"the checkpoint has {found} blocks, the model {depths}: it is another model's, or this one must "
-                         f"be created with depths={found}")
+        raise ValueError(f"the checkpoint has {found} blocks, the model {depths}: it is another model's, or this one "
+                         f"must be created with depths={found}")
 
 
 def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
