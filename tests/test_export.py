@@ -13,8 +13,8 @@ from torch import nn
 
 from visionattn import export, photos
 from visionattn.data.classification import evaluation_transform
+from visionattn.facts import describe, weights_sha256
 from visionattn.facts import facts as export_facts
-from visionattn.facts import weights_sha256
 from visionattn.tasks import DetectionTask, SegmentationTask
 
 
@@ -338,7 +338,9 @@ def test_a_published_model_says_how_its_images_are_made():
     model = timm.create_model("smt_l_384", device="meta")
     assert export_facts(model, (1, 3, 384, 384))["resize"] == {
         "interpolation": "bicubic", "centre_crop": [384, 384], "sides": [384, 384]}
-    assert export_facts(timm.create_model("test_dinat", num_classes=0), (1, 1, 64, 96))["task"] == "features"
+    found = export_facts(timm.create_model("test_dinat", num_classes=0), (1, 3, 64, 96))
+    assert found["task"] == "features"
+    assert "without a classifier" in describe(found)["logits"]
 
 
 def _photo(height, width, seed=0):

@@ -78,7 +78,8 @@ def describe(found: dict[str, Any]) -> dict[str, str]:
     if found.get("layout"):
         said = {"images": f"images, {order}; resized, cropped and normalised inside"}
     if found["task"] == "features":
-        return said | {f"map_{i}": f"feature map {i}, the finest first" for i in range(64)}
+        maps = {f"map_{i}": f"feature map {i}, the finest first" for i in range(64)}
+        return said | maps | {"logits": "what the model without a classifier gives"}
     meaning = "sigmoid makes probabilities, a class is present from its threshold on" if found.get("multi_label") else (
         "softmax makes probabilities")
     return said | {"logits": f"classes {names}: {meaning}"}
