@@ -1,15 +1,7 @@
-"""MoH-ViT: TransNeXt whose tokens weight the attention heads and choose some of them
+"""MoH-ViT: TransNeXt whose tokens weigh the attention heads and choose some of them.
 
-Paper: `MoH: Multi-Head Attention as Mixture-of-Head Attention` - https://arxiv.org/abs/2410.11842
-
-Code: https://github.com/SkyworkAI/MoH, folder MoH-ViT (Apache-2.0 licence)
-
-@article{jin2024moh,
-  author={Jin, Peng and Zhu, Bo and Yuan, Li and Yan, Shuicheng},
-  title={MoH: Multi-Head Attention as Mixture-of-Head Attention},
-  journal={arXiv preprint arXiv:2410.11842},
-  year={2024}
-}
+Paper: "MoH: Multi-Head Attention as Mixture-of-Head Attention" (arXiv 2410.11842). Official code and weights:
+https://github.com/SkyworkAI/MoH, folder MoH-ViT (Apache-2.0).
 """
 import re
 from collections.abc import Sequence

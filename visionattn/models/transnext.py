@@ -1,16 +1,7 @@
-"""TransNeXt
+"""TransNeXt: attention to the window around a token and to pooled keys in one softmax, with gated convolutions.
 
-Paper: `TransNeXt: Robust Foveal Visual Perception for Vision Transformers` - https://arxiv.org/abs/2311.17132
-(CVPR 2024)
-
-Code: https://github.com/DaiShiResearch/TransNeXt (Apache-2.0 licence)
-
-@inproceedings{shi2024transnext,
-  author={Shi, Dai},
-  title={TransNeXt: Robust Foveal Visual Perception for Vision Transformers},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year={2024}
-}
+Paper: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers" (CVPR 2024, arXiv 2311.17132). Official code
+and weights: https://github.com/DaiShiResearch/TransNeXt (Apache-2.0).
 """
 import math
 import re
