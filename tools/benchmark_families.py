@@ -8,21 +8,18 @@ machine meets all. Outputs, losses and gradients are checked to be finite before
 import argparse
 import csv
 import fnmatch
-import importlib.metadata
-import itertools
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from benchmark_models import describe_machine, timed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from visionattn.bench import measure_machine
 from visionattn.models import families
 
 __all__ = ["Training", "main", "models"]
@@ -44,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if not names:
         parser.error(f"no family has a model {args.models!r} here; there are {', '.join(models())}")
     torch.set_num_threads(args.threads)
-    machine = measure_machine("cpu", torch.float32).description | {
-        library: importlib.metadata.version(library) for library in ("timm", "visionattn")}
+    machine = describe_machine()
     trained = {name: Training(name, args.batch) for name in (*BESIDE, *names)}
     columns: dict[str, dict[str, float]] = {}
     for title, run in {
@@ -53,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         f"forward_{args.batch}": lambda model: model.forward(args.batch),
         f"step_{args.batch}": Training.step,
     }.items():
-        columns[title] = _medians(trained, run, args.repeats)
+        seconds = timed({name: partial(run, model) for name, model in trained.items()}, args.repeats)
+        columns[title] = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="") as file:
         writer = None
@@ -119,18 +116,6 @@ class Training:
         loss.backward()
         self.optimizer.step()
         return loss.detach()
-
-
-def _medians(
-        trained: dict[str, Training], run: Callable[[Training], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds of each model."""
-    seconds: dict[str, list[float]] = {name: [] for name in trained}
-    for _, (name, model) in itertools.product(range(repeats), trained.items()):
-        run(model)
-        start = time.perf_counter()
-        run(model)
-        seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from visionattn.bench import measure_machine
 from visionattn.models import Peer, families
 
-__all__ = ["PAIRS", "benchmark", "main"]
+__all__ = ["PAIRS", "benchmark", "describe_machine", "main", "timed"]
 
 _PLAIN = "_plain"  # ends the name of a plain composition
 TOLERANCE = 1e-4  # of logits that must agree, as a share of the largest
@@ -56,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if not pairs:
         parser.error(f"no model here is called {args.models!r}")
     torch.set_num_threads(args.threads)
-    machine = measure_machine("cpu", torch.float32).description | {
-        library: importlib.metadata.version(library) for library in ("timm", "visionattn")}
+    machine = describe_machine()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="") as file:
         writer = None
@@ -89,13 +89,8 @@ def benchmark(pair: Peer, batch: int, repeats: int) -> list[dict[str, Any]]:
     images = torch.randn(batch, 3, pair.size, pair.size, generator=torch.Generator().manual_seed(1))
     ours, peer, checked = _checked(pair, images)
     models: dict[str, nn.Module] = {pair.ours: ours, pair.peer: peer}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
-        for _, (name, model) in itertools.product(range(repeats), models.items()):
-            model(images)
-            start = time.perf_counter()
-            model(images)
-            seconds[name].append(time.perf_counter() - start)
+        seconds = timed({name: partial(model, images) for name, model in models.items()}, repeats)
     medians = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     return [
         {
@@ -108,6 +103,23 @@ def benchmark(pair: Peer, batch: int, repeats: int) -> list[dict[str, Any]]:
         }
         for name, model in models.items()
     ]
+
+
+def timed(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of what takes turns, each time after an untimed run of its own."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _, (name, run) in itertools.product(range(repeats), runs.items()):
+        run()
+        start = time.perf_counter()
+        run()
+        seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def describe_machine() -> dict[str, Any]:
+    """The machine and the versions that figures are of."""
+    return measure_machine("cpu", torch.float32).description | {
+        library: importlib.metadata.version(library) for library in ("timm", "visionattn")}
 
 
 def _checked(pair: Peer, images: Tensor) -> tuple[Any, nn.Module, str]:

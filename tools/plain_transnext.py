@@ -4,20 +4,23 @@ It is the paper's formulas (arXiv 2311.17132, sections 3.1 to 3.5) in the usual 
 every place, tokens are turned to maps for convolutions, and the network of the position biases runs in every pass, for
 the different offsets of the map only.
 """
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.layers import AggregatedAttention, CosineAttention
-from visionattn.models.transnext import ConvGLU
+from visionattn.models.transnext import ConvGLU, TransNeXt
 
 __all__ = ["make_plain"]
 
 
-def make_plain(model: nn.Module, size: int) -> nn.Module:
+def make_plain(model: TransNeXt, size: int) -> TransNeXt:
     """Replaces the attentions and perceptrons of a TransNeXt, whose weights stay, for images of ``size`` pixels."""
     side = size // 4
-    for stage in model.stages:  # type: ignore[union-attr]
+    stages: Any = model.stages
+    for stage in stages:
         for block in stage.blocks:
             kind = _Aggregated if isinstance(block.attn, AggregatedAttention) else _Cosine
             block.attn, block.mlp = kind(block.attn, side), _ConvGLU(block.mlp)

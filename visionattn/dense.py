@@ -192,14 +192,11 @@ class DenseBackbone(nn.Module):
         for prefix in ("backbone.", "body."):  # of a whole detector, the authors' or ours
             inner = {key.removeprefix(prefix): x for key, x in content.items() if key.startswith(prefix)}
             content = inner or content
-        norms, weights, theirs = {}, {}, self.level_norm
-        inside = "norm." if theirs and theirs.widths is not None else ""
-        parts = [(theirs.prefix, inside), (theirs.projection, "proj.")][:2 if inside else 1] if theirs else []
+        norms, weights = {}, {}
         for key, x in content.items():
-            found = [f"norms.{match[1]}.{part}{match[2]}" for prefix, part in parts
-                     if (match := re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(.+)", key))]
-            if found:
-                norms[found[0]] = x
+            ours = _level_norm_key(self.level_norm, key)
+            if ours is not None:
+                norms[ours] = x
             elif key.startswith("norms."):
                 norms[key] = x
             else:
@@ -241,6 +238,15 @@ def _level_norm(kind: DenseNorm, level: int, channels: int, **dd: Any) -> nn.Mod
     width = kind.widths[level]
     return nn.Sequential(OrderedDict(
         proj=nn.Conv2d(channels, width, 1, bias=False, **dd), norm=LayerNorm2d(width, eps=kind.eps, **dd)))
+
+
+def _level_norm_key(kind: DenseNorm | None, key: str) -> str | None:
+    """Our name of an entry of the authors' that is of what they put on a map; None for others."""
+    if kind is None:
+        return None
+    parts = {kind.prefix: ""} if kind.widths is None else {kind.prefix: "norm.", kind.projection: "proj."}
+    match = re.fullmatch(rf"({'|'.join(map(re.escape, parts))})(\d+)\.(.+)", key)
+    return f"norms.{match[2]}.{parts[match[1]]}{match[3]}" if match else None
 
 
 def _family(name: str) -> Family:

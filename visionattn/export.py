@@ -14,6 +14,7 @@ import copy
 import io
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,15 +136,16 @@ def export_onnx(
     domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     if domains or proto.functions:
         raise RuntimeError(f"the export needs operators outside standard ONNX: {', '.join(sorted(domains))}")
+    written = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     found = facts(model, check.shapes[0]) | {"weights_sha256": sha256}
     if preprocess:
-        check = _with_photos(proto, check, found)
+        check = _with_photos(proto, check, found, written)
     for key, value in found.items():
         proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     words = describe(found)
     values = *proto.graph.input, *proto.graph.output
     for item in values:
-        item.doc_string = words[item.name]
+        item.doc_string = words[re.sub(r"^map_\d+$", "map", item.name)]
     out.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(proto, str(out))
     onnx.checker.check_model(str(out))
@@ -154,11 +156,10 @@ def export_onnx(
     except BaseException:
         out.unlink()
         raise
-    written = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     return ExportReport(
         out, difference, sum(len(graph.node) for graph in _graphs(proto.graph)), out.stat().st_size / 2 ** 20, written,
         ties, rows if detector else None,
-        [f"{item.name} {_shape(item)}: {item.doc_string}" for item in values])
+        [f"{item.name} [{', '.join(map(str, _lengths(item)))}]: {item.doc_string}" for item in values])
 
 
 def main(argv: list[str]) -> None:
@@ -353,13 +354,11 @@ def _objects(detector: nn.Module, image: Tensor, names: list[str]) -> _Answers:
     return tuple(found[name] for name in names)
 
 
-def _with_photos(proto: Any, check: _Check, found: dict[str, Any]) -> _Check:
+def _with_photos(proto: Any, check: _Check, found: dict[str, Any], opset: int) -> _Check:
     """Puts what makes images of photos before a network, checks that part alone, and returns the check of both."""
     import onnxruntime
 
-    shape = [length.dim_param or length.dim_value for length in proto.graph.input[0].type.tensor_type.shape.dim]
-    opset = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
-    part = photo_part(found, shape, opset)
+    part = photo_part(found, _lengths(proto.graph.input[0]), opset)
     session = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
 
     def prepared(photos: Tensor) -> Tensor:
@@ -400,10 +399,9 @@ def _check_resizing(
                                f"{levels.max():.0f} of 255 levels, {levels.mean():.1f} in the mean")
 
 
-def _shape(value: Any) -> str:
-    """The shape of an input or output, in brackets; what is free has a name."""
-    lengths = value.type.tensor_type.shape.dim
-    return f"[{', '.join(length.dim_param or str(length.dim_value or '?') for length in lengths)}]"
+def _lengths(value: Any) -> list[int | str]:
+    """The shape of an input or output; what is free has a name."""
+    return [length.dim_param or length.dim_value or "?" for length in value.type.tensor_type.shape.dim]
 
 
 @contextmanager

@@ -56,7 +56,10 @@ def facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> dict[str, str]:
-    """A line in words about each input and output that a file with the metadata ``found`` has, by its name."""
+    """A line in words about each input and output that a file with the metadata ``found`` may have, by its name.
+
+    Feature maps are ``map``, without their number.
+    """
     order = "RGB" if found.get("channel_order") else f"of {found['channels']} channels"
     order += ", uint8, channels last" if found.get("layout") else ", channels first"
     values = "" if found.get("layout") else ", values in [0, 1]"
@@ -78,8 +81,7 @@ def describe(found: dict[str, Any]) -> dict[str, str]:
     if found.get("layout"):
         said = {"images": f"images, {order}; resized, cropped and normalised inside"}
     if found["task"] == "features":
-        maps = {f"map_{i}": f"feature map {i}, the finest first" for i in range(64)}
-        return said | maps | {"logits": "what the model without a classifier gives"}
+        return said | {"map": "a feature map, the finest first", "logits": "what the model without a classifier gives"}
     meaning = "sigmoid makes probabilities, a class is present from its threshold on" if found.get("multi_label") else (
         "softmax makes probabilities")
     return said | {"logits": f"classes {names}: {meaning}"}

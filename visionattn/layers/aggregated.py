@@ -70,8 +70,7 @@ def _position_bias(
     def make() -> Tensor:
         # An axis has few different offsets: the network runs for these, and the bias is taken from the result.
         axes = [_Axis(q, k, made_for, weight.device) for q, k in zip(queries, keys, strict=True)]
-        y, x = (
-                _coordinates(axis.offsets, trained).to(weight.dtype)
+        y, x = (_coordinates(axis.offsets, trained).to(weight.dtype)
                 for axis, trained in zip(axes, network.trained_size, strict=True))
         table = _network(network, y, x)
         for dim, axis in enumerate(axes, 1):

@@ -198,12 +198,12 @@ def vary_windows(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model has no such block, or attention with dropout or of another width than the block's.
     """
-    blocks = [module for module in model.modules()
-              if isinstance(module, SwinTransformerBlock) and not isinstance(module, _VariedBlock)]
+    blocks: list[Any] = [module for module in model.modules()
+                         if isinstance(module, SwinTransformerBlock) and not isinstance(module, _VariedBlock)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no SwinTransformerBlock of timm.models.swin_transformer")
     for block in blocks:
-        plain: Any = block.attn
+        plain = block.attn
         dim, width = plain.proj.out_features, plain.proj.in_features
         if width != dim:
             raise ValueError(f"the heads must have the width of the block, {dim}, got {width}")
@@ -219,7 +219,7 @@ def vary_windows(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             attn.rpb.copy_(table.T.reshape(attn.rpb.shape))
         attn.train(plain.training)
-        block.attn = attn  # type: ignore[assignment]
+        block.attn = attn
         block.register_buffer("attn_mask", None, persistent=False)
         block.__class__ = _VariedBlock
     return model

@@ -5,6 +5,7 @@ channels, height, width]``, that its parts (stages, or blocks of one resolution)
 on tokens ``[batch, prefix + height * width, channels]``, the class token and the like first. A family that does
 something else on the way overrides the one method that does it; each says so.
 """
+import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,20 @@ from torch.fx import Proxy
 
 from ..ops.dispatch import numbers
 
-__all__ = ["Backbone", "TokenBackbone", "stage_levels"]
+__all__ = ["Backbone", "TokenBackbone", "init_convolution", "stage_levels"]
 
 
 def stage_levels(dims: Sequence[int], stride: int = 4) -> list[dict[str, Any]]:
     """``feature_info`` of stages of these widths, the first of which has this stride and the others twice the last's."""
     return [dict(num_chs=dim, reduction=stride * 2 ** i, module=f"stages.{i}") for i, dim in enumerate(dims)]
+
+
+def init_convolution(module: nn.Conv2d) -> None:
+    """Draws a convolution's weights anew from He's normal distribution, by its outputs of a group; biases are zero."""
+    fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+    nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 class Backbone(nn.Module):

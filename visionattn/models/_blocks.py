@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers.full import unseen
 
-__all__ = ["BaseBlock", "Block", "Perceptron", "Stage", "TokenBlock"]
+__all__ = ["BaseBlock", "Block", "ConvEmbedding", "Perceptron", "Stage", "TokenBlock"]
 
 
 class Perceptron(Mlp):
@@ -131,3 +131,41 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the map after the last block."""
         return self.norm(self.blocks(self.downsample(x)))
+
+
+class ConvEmbedding(nn.Module):
+    """A convolution of an image or a map, then a norm.
+
+    Args:
+        in_chans: Channels of the input.
+        dim: Channels of the output.
+        kernel_size: Of the convolution.
+        stride: Of the convolution.
+        padding: Of the convolution.
+        from_map: Whether the input is a map ``[B, H, W, in_chans]``, not an image ``[B, in_chans, H, W]``.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+            self,
+            in_chans: int,
+            dim: int,
+            kernel_size: int,
+            stride: int,
+            padding: int,
+            from_map: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.from_map = from_map
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a map ``[B, H / stride, W / stride, dim]``, rounded."""
+        if self.from_map:
+            x = x.permute(0, 3, 1, 2)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))

@@ -13,7 +13,7 @@ from ..layers.agent import resize
 from ..layers.scripting import unscripted
 from ..ops.kept import keep
 
-__all__ = ["Grid", "PositionEmbedding", "resize_positions", "resize_rpb"]
+__all__ = ["Grid", "PositionEmbedding", "resize_positions", "resize_rpb", "rpb_of_windows"]
 
 Grid = tuple[int, int]  # rows and columns
 
@@ -81,6 +81,12 @@ def resize_positions(table: Tensor, old: Grid, new: Grid, num_prefix_tokens: int
     prefix, grid = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
     grid = resize(grid.transpose(-2, -1).unflatten(2, old), new, mode).flatten(2).transpose(-2, -1)
     return torch.cat([prefix, grid], dim=1)
+
+
+def rpb_of_windows(table: Tensor) -> Tensor:
+    """A bias table ``[heads, rows, columns]`` of a Swin transformer's ``[rows * columns, heads]``, for square windows."""
+    side = round(len(table) ** 0.5)
+    return table.transpose(-2, -1).reshape(-1, side, side)
 
 
 def resize_rpb(table: Tensor, size: Sequence[int]) -> Tensor:

@@ -16,49 +16,12 @@ from torch import Tensor, nn
 from ..layers.full import attend
 from ..layers.scripting import unscripted
 from ._agent import AgentBackbone, agent_cfg, our_tables
+from ._blocks import ConvEmbedding
 from ._builder import build_model
 from ._family import Family, Peer, Published
 from ._tables import Grid
 
 __all__ = ["AgentCSwin"]
-
-
-class Downsample(nn.Module):
-    """A convolution, then a norm.
-
-    Args:
-        in_chans: Channels of the input.
-        dim: Channels of the output.
-        kernel_size: Of the convolution.
-        stride: Of the convolution.
-        padding: Of the convolution.
-        from_map: Whether the input is a map ``[B, H, W, in_chans]``, not an image ``[B, in_chans, H, W]``.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(
-            self,
-            in_chans: int,
-            dim: int,
-            kernel_size: int,
-            stride: int,
-            padding: int,
-            from_map: bool = True,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.from_map = from_map
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding, **dd)
-        self.norm = nn.LayerNorm(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns a map ``[B, H / stride, W / stride, dim]``, rounded."""
-        if self.from_map:
-            x = x.permute(0, 3, 1, 2)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 @register_notrace_module
@@ -187,7 +150,7 @@ class AgentCSwin(AgentBackbone):
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         dims = [embed_dim * 2 ** i for i in range(len(depths))]
-        self.patch_embed = Downsample(in_chans, embed_dim, 7, stride=4, padding=2, from_map=False, **dd)
+        self.patch_embed = ConvEmbedding(in_chans, embed_dim, 7, stride=4, padding=2, from_map=False, **dd)
 
         def stripe_attention(stage: int, block: int) -> nn.Module:
             width = None if stage == len(depths) - 1 else stripe_width
@@ -195,7 +158,7 @@ class AgentCSwin(AgentBackbone):
 
         self.build_stages(
             img_size, dims, depths, num_heads, agents, agent_grids, agent_depths, [mlp_ratio] * len(depths),
-            downsample=lambda i: Downsample(dims[i - 1], dims[i], 3, stride=2, padding=1, **dd),
+            downsample=lambda i: ConvEmbedding(dims[i - 1], dims[i], 3, stride=2, padding=1, **dd),
             other_attention=stripe_attention, drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, **dd)
         self.min_sizes = [3] * len(dims)  # of the first convolution, after its padding
         self.finish(dims[-1], num_classes, global_pool, drop_rate, **dd)

@@ -21,7 +21,7 @@ from ..ops.kept import keep
 from ._agent import AgentBackbone, agent_cfg, our_tables
 from ._builder import build_model
 from ._family import DenseNorm, Family, Peer, Published
-from ._tables import Grid, resize_rpb
+from ._tables import Grid, resize_rpb, rpb_of_windows
 
 __all__ = ["AgentSwin"]
 
@@ -249,8 +249,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
         if key.endswith(".relative_position_bias_table"):
             key = key.replace(".relative_position_bias_table", ".rpb")
-            side = round(len(x) ** 0.5)
-            x = x.transpose(-2, -1).reshape(-1, side, side)
+            x = rpb_of_windows(x)
         if key in tables and x.ndim == 3 and x.shape != tables[key]:
             x = resize_rpb(x, tables[key][1:])
         renamed[key] = x

@@ -5,7 +5,6 @@ Papers: "Look at the Neighbor: Distortion-aware Unsupervised Domain Adaptation f
 (NeurIPS 2021, arXiv 2105.15203). Official code: https://github.com/zhengxuJosh/DATR (without a licence file); no
 weights were published. SegFormer's Mix Transformers (MiT) load as a start; their licence allows research only.
 """
-import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -18,40 +17,12 @@ from torch import Tensor, nn
 
 from ..layers import NeighborhoodAttention2d
 from ..layers.full import attend
-from ._backbone import Backbone, stage_levels
-from ._blocks import Block, Stage
+from ._backbone import Backbone, init_convolution, stage_levels
+from ._blocks import Block, ConvEmbedding, Stage
 from ._builder import build_model, cfg
 from ._family import Family, Peer
 
 __all__ = ["DATR"]
-
-
-class PatchEmbedding(nn.Module):
-    """Overlapping patches by a strided convolution, rounded up, then a norm.
-
-    Args:
-        in_chans: Channels of the input.
-        dim: Channels of the output.
-        kernel_size: Side of a patch, odd.
-        stride: Distance between patches.
-        from_map: Whether the input is a map ``[B, H, W, in_chans]``, not an image ``[B, in_chans, H, W]``.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(
-            self, in_chans: int, dim: int, kernel_size: int, stride: int, from_map: bool, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.from_map = from_map
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2, **dd)
-        self.norm = nn.LayerNorm(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns a map ``[B, H / stride, W / stride, dim]``."""
-        if self.from_map:
-            x = x.permute(0, 3, 1, 2)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class SpatialReductionAttention(nn.Module):
@@ -186,10 +157,10 @@ class DATR(Backbone):
                     embed_dims[i], num_heads[i], kernel_size, wrap=wrap, proj_drop=proj_drop_rate, **dd)
             return SpatialReductionAttention(embed_dims[i], num_heads[i], sr_ratios[i], proj_drop_rate, **dd)
 
-        self.patch_embed = PatchEmbedding(in_chans, embed_dims[0], 7, 4, from_map=False, **dd)
+        self.patch_embed = ConvEmbedding(in_chans, embed_dims[0], 7, stride=4, padding=3, from_map=False, **dd)
         self.stages = nn.Sequential(*[
             Stage(
-                PatchEmbedding(embed_dims[i - 1], dim, 3, 2, from_map=True, **dd) if i else nn.Identity(),
+                ConvEmbedding(embed_dims[i - 1], dim, 3, stride=2, padding=1, **dd) if i else nn.Identity(),
                 [
                     Block(
                         dim, attention(i), mlp_ratio, proj_drop=proj_drop_rate, drop_path=drop_path,
@@ -207,9 +178,7 @@ class DATR(Backbone):
         """Draws the parameters of one module as the authors do: of convolutions from He's normal distribution."""
         super().init_module(module, needs_reset)
         if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            init_convolution(module)
 
 
 # What turns names of SegFormer's checkpoints, stages counted from 0, into ours: those of mmsegmentation, then those of

@@ -7,7 +7,6 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from math import isqrt
 from typing import Any, Optional, Tuple  # noqa: UP035 - TorchScript reads Tuple
 
 import torch
@@ -325,8 +324,9 @@ class FcaFormer(Backbone):
         The model takes images of any size without this, interpolating its tables, and computes the same after it. What
         changes is the size of the tables, in which they are trained further and saved: they become new parameters.
         """
-        for stage, size in zip(self.stages[2:], self.table_sizes(img_size), strict=False):
-            for block in stage.blocks:  # type: ignore[union-attr]
+        stages: Any = self.stages[2:]
+        for stage, size in zip(stages, self.table_sizes(img_size), strict=False):
+            for block in stage.blocks:
                 block.attn.set_input_size(size)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -381,7 +381,7 @@ def _fit_table(x: Tensor, shape: torch.Size, flat: bool, by_distance: bool) -> T
         *sources, height, width = shape[x.ndim - 1:]
         places = x.shape[-1] // math.prod(sources)
         if places != height * width:
-            height = width = isqrt(places)
+            height = width = math.isqrt(places)
         if x.shape[-1] != math.prod(sources) * height * width:
             return x
         x = x.reshape(*x.shape[:-1], *sources, height, width)

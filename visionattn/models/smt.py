@@ -3,7 +3,6 @@
 Paper: "Scale-Aware Modulation Meet Transformer" (ICCV 2023, arXiv 2307.08579). Official code and weights:
 https://github.com/AFeng-x/SMT (MIT licence).
 """
-import math
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import FullAttention
-from ._backbone import Backbone, stage_levels
-from ._blocks import Block, Stage
+from ._backbone import Backbone, init_convolution, stage_levels
+from ._blocks import Block, ConvEmbedding, Stage
 from ._builder import build_model, cfg
 from ._family import Family, Peer, Published
 
@@ -45,20 +44,6 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the first map."""
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
-
-
-class Downsample(nn.Module):
-    """Map ``[B, H, W, dim]`` to ``[B, H / 2, W / 2, out_dim]`` (rounded up): a strided convolution, a norm."""
-
-    def __init__(self, dim: int, out_dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
-        self.norm = nn.LayerNorm(out_dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the smaller map."""
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class ScaleAwareModulation(nn.Module):
@@ -191,7 +176,7 @@ class SMT(Backbone):
         self.patch_embed = Stem(in_chans, embed_dims[0], stem_kernel, **dd)
         self.stages = nn.Sequential(*[
             Stage(
-                Downsample(embed_dims[i - 1], dim, **dd) if i else nn.Identity(),
+                ConvEmbedding(embed_dims[i - 1], dim, 3, stride=2, padding=1, **dd) if i else nn.Identity(),
                 [
                     Block(
                         dim, mixer(i, j), mlp_ratios[i], layer_scale=layer_scale, proj_drop=proj_drop_rate,
@@ -209,10 +194,7 @@ class SMT(Backbone):
         """Draws the parameters of one module; of a convolution normal ones, by the number of its outputs."""
         super().init_module(module, needs_reset)
         if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            init_convolution(module)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SMT) -> dict[str, Tensor]:

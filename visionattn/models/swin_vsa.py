@@ -19,6 +19,7 @@ from ._backbone import Backbone, stage_levels
 from ._blocks import Block, Stage
 from ._builder import build_model, cfg
 from ._family import DenseNorm, Family, Peer
+from ._tables import rpb_of_windows
 
 __all__ = ["SwinVSA"]
 
@@ -136,8 +137,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         key = key.replace(".attn.transform.2.", ".attn.predictor.")
         if key.endswith(".relative_position_bias_table"):
             key = key.replace(".relative_position_bias_table", ".rpb")
-            side = round(len(x) ** 0.5)
-            x = x.T.reshape(-1, side, side)
+            x = rpb_of_windows(x)
         renamed[key] = x
     if not varied:
         renamed |= {key: torch.zeros_like(x, device="cpu") for key, x in model.state_dict().items()

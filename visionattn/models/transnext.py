@@ -3,50 +3,24 @@
 Paper: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers" (CVPR 2024, arXiv 2311.17132). Official code
 and weights: https://github.com/DaiShiResearch/TransNeXt (Apache-2.0).
 """
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import AggregatedAttention, CosineAttention
 from ..layers.full import unseen
-from ._backbone import Backbone, stage_levels
-from ._blocks import BaseBlock, Stage
+from ._backbone import Backbone, init_convolution, stage_levels
+from ._blocks import Block, ConvEmbedding, Stage
 from ._builder import build_model, cfg
 from ._family import Family, Peer, Published
 
 __all__ = ["TransNeXt"]
-
-
-class Embedding(nn.Module):
-    """An overlapping convolution of a map ``[B, channels, H, W]`` to a smaller one ``[B, H', W', dim]``, then a norm."""
-
-    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=kernel_size // 2, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the smaller map."""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class Downsample(Embedding):
-    """Map ``[B, H, W, dim]`` to ``[B, H / 2, W / 2, out_dim]`` (rounded up)."""
-
-    def __init__(self, dim: int, out_dim: int, device=None, dtype=None):
-        super().__init__(dim, out_dim, 3, 2, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the smaller map."""
-        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class ConvGLU(nn.Module):
@@ -55,13 +29,14 @@ class ConvGLU(nn.Module):
     ``fc2(GELU(dwconv(gate)) * value)``, where ``[gate, value] = fc1(x)``.
     """
 
-    def __init__(self, dim: int, hidden: int, device=None, dtype=None):
+    def __init__(self, dim: int, hidden: int, drop: float = 0., device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(dim, 2 * hidden, **dd)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
@@ -71,27 +46,12 @@ class ConvGLU(nn.Module):
             x = self.act(gate) * value
         else:
             x = torch.ops.aten.gelu_(gate).mul_(value) if unseen(self.dwconv, self.act) else self.act(gate) * value
-        return self.fc2(x)
+        return self.drop(self.fc2(self.drop(x)))
 
 
-class Block(BaseBlock):
-    """Attention and a gated perceptron on maps ``[B, H, W, dim]``, each after a norm and beside a shortcut."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: int, drop_path: float, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        path = partial(DropPath, drop_path) if drop_path > 0. else nn.Identity
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = attn
-        self.drop_path1 = path()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = ConvGLU(dim, 2 * dim * mlp_ratio // 3, **dd)
-        self.drop_path2 = path()
-
-    def branches(self, x: Tensor) -> Tensor:
-        """What the block computes."""
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+def gated(dim: int, hidden_dim: int, drop: float, **dd: Any) -> ConvGLU:
+    """A :class:`ConvGLU` in place of a perceptron of this hidden width, of which gates take a third."""
+    return ConvGLU(dim, 2 * hidden_dim // 3, drop, **dd)
 
 
 class TransNeXt(Backbone):
@@ -158,12 +118,16 @@ class TransNeXt(Backbone):
             return AggregatedAttention(
                 dim, heads, pool_ratio=ratio, kernel_size=kernel_size, pool_size=pool_size, **options)
 
-        self.patch_embed = Embedding(in_chans, embed_dims[0], 7, 4, **dd)
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = ConvEmbedding(in_chans, embed_dims[0], 7, stride=4, padding=3, from_map=False, **dd)
         self.stages = nn.Sequential(*[
             Stage(
-                Downsample(embed_dims[i - 1], dim, **dd) if i else nn.Identity(),
-                [Block(dim, attention(i), mlp_ratios[i], rate, **dd) for rate in drop_paths[i]],
-                norm=nn.LayerNorm(dim, eps=1e-6, **dd),
+                ConvEmbedding(embed_dims[i - 1], dim, 3, stride=2, padding=1, **dd) if i else nn.Identity(),
+                [
+                    Block(dim, attention(i), mlp_ratios[i], drop_path=rate, norm_layer=norm_layer, mlp_layer=gated, **dd)
+                    for rate in drop_paths[i]
+                ],
+                norm=norm_layer(dim, **dd),
             )
             for i, dim in enumerate(embed_dims)
         ])
@@ -174,10 +138,7 @@ class TransNeXt(Backbone):
         """Draws the parameters of one module; of a convolution by its outputs."""
         super().init_module(module, needs_reset)
         if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            init_convolution(module)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -193,7 +154,7 @@ def dense_args(variant: str, task: str) -> dict[str, Any]:
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Renames the authors' entries to ours; leaves a checkpoint of ours as it is."""
-    rules = [
+    rules: list[tuple[str, Any]] = [
         (r"^patch_embed1\.", "patch_embed."),
         (r"^patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
         (r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
@@ -207,7 +168,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     renamed = {}
     for name, x in state_dict.items():
         for pattern, new in rules:
-            name = re.sub(pattern, new, name)  # type: ignore[call-overload]
+            name = re.sub(pattern, new, name)
         renamed[name] = x
     return renamed
 

@@ -22,6 +22,7 @@ from ._backbone import Backbone, stage_levels
 from ._blocks import BaseBlock, Perceptron, Stage
 from ._builder import build_model, cfg
 from ._family import Family, Peer, Published
+from ._tables import rpb_of_windows
 
 __all__ = ["ViTAEv2VSA", "dense_args"]
 
@@ -281,8 +282,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             key = key.replace(".sampling_offsets.2.", ".predictor.")
         if key.endswith(".relative_position_bias_table"):
             key = key.replace(".relative_position_bias_table", ".rpb")
-            side = round(len(x) ** 0.5)
-            x = x.T.reshape(-1, side, side)
+            x = rpb_of_windows(x)
         if re.search(r"\.attn\.(predictor|qkv|proj)\.weight$", key):
             x = x.flatten(1)
         key = re.sub(r"^layers\.0\.RC\.", "patch_embed.", key)

@@ -8,7 +8,7 @@ float32.
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +62,6 @@ def _forward(
     dtype = q.dtype
     q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights = _wide(
         q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights)
-    assert q is not None
-    assert v is not None
     out = torch.empty(v.shape, dtype=v.dtype, device="cpu")
     places = kernel_size ** 2
     # Lists of queries are the shorter, the more queries there are to choose from.
@@ -326,12 +324,10 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.flatten(0, 1).transpose(0, 1)
 
 
-def _wide(*tensors: Tensor | None) -> list[Tensor]:
+def _wide(*tensors: Any) -> list[Any]:
     """The tensors in float32 or better, those that are there, with adjacent tokens and channels."""
-    first = tensors[0]
-    assert first is not None
-    compute = torch.promote_types(first.dtype, torch.float32)
-    return [x if x is None else _even(x.to(compute)) for x in tensors]  # type: ignore[misc]
+    compute = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [x if x is None else _even(x.to(compute)) for x in tensors]
 
 
 def _even(x: Tensor) -> Tensor:
@@ -363,8 +359,9 @@ def _autograd(ctx, grad):
     *tensors, active = ctx.saved_tensors
     needed = ctx.needs_input_grad[:8]
 
-    def standard(*given: Tensor | None) -> Tensor:
-        return naive.run(*given[:5], ctx.kernel_size, *given[5:], active)  # type: ignore[call-arg, arg-type]
+    def standard(q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor, *tables: Any) -> Tensor:
+        local_bias, pooled_bias, local_weights = tables
+        return naive.run(q, k, v, pooled_k, pooled_v, ctx.kernel_size, local_bias, pooled_bias, local_weights, active)
 
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
         return *differentiated(standard, tensors, grad, needed), None, None

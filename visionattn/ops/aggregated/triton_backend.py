@@ -1,4 +1,6 @@
 """Aggregated attention by the project's Triton kernels as torch operators; Triton is imported when they first run."""
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -79,8 +81,8 @@ def _autograd(ctx, grad, _):
     *tensors, lse = ctx.saved_tensors
     needed = ctx.needs_input_grad[:8]
 
-    def standard(*given: Tensor | None) -> Tensor:
-        return naive.run(*given[:5], ctx.kernel_size, *given[5:])  # type: ignore[call-arg, arg-type]
+    def standard(q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor, *tables: Any) -> Tensor:
+        return naive.run(q, k, v, pooled_k, pooled_v, ctx.kernel_size, *tables)
 
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
         return *differentiated(standard, tensors, grad, needed), None
