@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from visionattn import export, photos
+from visionattn import export
 from visionattn.data.classification import evaluation_transform
-from visionattn.facts import describe, weights_sha256
-from visionattn.facts import facts as export_facts
+from visionattn.export import photos
+from visionattn.export.check import blocks
+from visionattn.export.facts import describe, weights_sha256
+from visionattn.export.facts import facts as export_facts
 from visionattn.tasks import DetectionTask, SegmentationTask
 
 
@@ -346,7 +348,7 @@ def test_a_published_model_says_how_its_images_are_made():
 def _photo(height, width, seed=0):
     """A photo in Pillow's form."""
     generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray((255 * export._blocks(3, height, width, generator=generator)).byte().movedim(0, -1).numpy())
+    return Image.fromarray((255 * blocks(3, height, width, generator=generator)).byte().movedim(0, -1).numpy())
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

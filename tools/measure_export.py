@@ -20,7 +20,7 @@ from unittest import mock
 import timm
 import torch
 
-from visionattn import export
+from visionattn.export import onnx_file
 from visionattn.models import families
 
 __all__ = ["main", "measure"]
@@ -30,7 +30,7 @@ STAGES = {  # of an export: what of PyTorch's does them
     "capture": (torch.export, "export"),
     "decompose": (torch.export.ExportedProgram, "run_decompositions"),
     "optimise": (torch.onnx.ONNXProgram, "optimize"),
-    "check": (export, "_compare"),
+    "check": (onnx_file, "compare"),
 }
 
 
@@ -74,7 +74,7 @@ def measure(name: str, dynamic_size: bool = False) -> dict[str, Any]:
             timed = _timed(getattr(owner, attribute), stage, seconds)
             stack.enter_context(mock.patch.object(owner, attribute, timed))
         start = time.process_time()
-        report = export.export_onnx(model, Path(folder, "model.onnx"), dynamic_size=dynamic_size)
+        report = onnx_file.export_onnx(model, Path(folder, "model.onnx"), dynamic_size=dynamic_size)
         total = time.process_time() - start
     seconds["other"] = total - sum(seconds.values())
     return {"model": name, "seconds": round(total, 1), "nodes": report.nodes} | {

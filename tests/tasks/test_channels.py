@@ -10,7 +10,7 @@ from PIL import Image
 
 from visionattn.cli import main
 from visionattn.dense import DenseBackbone
-from visionattn.facts import facts
+from visionattn.export.facts import facts
 from visionattn.tasks import ClassificationTask
 from visionattn.tasks.rebuild import create_model
 

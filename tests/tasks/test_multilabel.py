@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from visionattn.cli import main
-from visionattn.facts import facts
+from visionattn.export.facts import facts
 from visionattn.tasks import ClassificationTask
 from visionattn.tasks.multilabel import average_precisions, best_thresholds, threshold_scores
 from visionattn.tasks.rebuild import create_model

@@ -16,7 +16,7 @@ def photo_part(facts: dict[str, Any], shape: list[Any], opset: int) -> Any:
     size.
 
     Args:
-        facts: The network's metadata (:func:`visionattn.facts.facts`).
+        facts: The network's metadata (:func:`visionattn.export.facts.facts`).
         shape: Of the network's input, ``[batch, 3, height, width]`` or ``[3, height, width]``; free lengths are names.
         opset: Version of ONNX's operators.
 

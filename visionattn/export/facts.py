@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import __version__
-from .dense import DenseBackbone
-from .heads import Segmenter
-from .heads.detector import DETECTORS
+from .. import __version__
+from ..dense import DenseBackbone
+from ..heads import Segmenter
+from ..heads.detector import DETECTORS
 
 __all__ = ["describe", "facts", "timm_model", "weights_sha256"]
 

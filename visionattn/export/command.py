@@ -1,0 +1,59 @@
+"""The command ``visionattn export``."""
+import argparse
+
+from ..tasks.rebuild import create_model
+from .check import TOLERANCE
+from .onnx_file import OPSET, OPSETS, ExportReport, export_onnx
+
+__all__ = ["main", "print_report"]
+
+
+def main(argv: list[str]) -> None:
+    """Runs ``visionattn export`` with command line arguments."""
+    parser = argparse.ArgumentParser(
+        prog="visionattn export",
+        description="Writes a model as an ONNX file of standard operators, checked with onnxruntime before it is kept.")
+    parser.add_argument("--model", help="model name as in timm.create_model; a run's own checkpoint knows it")
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="weights: a run's .ckpt, of any task, the authors' file, or a state dict (.pth, "
+                             ".safetensors)")
+    parser.add_argument("--pretrained", action="store_true", help="the authors' weights, downloaded")
+    parser.add_argument("--num-classes", type=int, help="classes of the checkpoint or of a fresh head")
+    parser.add_argument("--img-size", "--image-size", type=int, nargs="+", metavar="N",
+                        help="height and width, or one number for both; if not given, the backbone's own, and of a "
+                             "detector the side that it resizes images to")
+    parser.add_argument("--dynamic-size", action="store_true",
+                        help="leave height and width free, in multiples of 32 (not for detectors and UPerNet)")
+    parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
+    parser.add_argument("--preprocess", action="store_true",
+                        help="take photos as they are (uint8, height x width x RGB); a classifier's file resizes, "
+                             "crops and normalises them as validation does")
+    parser.add_argument("--opset", type=int, default=OPSET, choices=OPSETS, metavar="N",
+                        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})")
+    parser.add_argument("--out", default="model.onnx", metavar="FILE")
+    args = parser.parse_args(argv)
+    size = None
+    if args.img_size:
+        if len(args.img_size) > 2 or min(args.img_size) < 1:
+            parser.error("--img-size takes one or two positive numbers")
+        size = (args.img_size[0], args.img_size[-1])
+    if not args.model and not args.checkpoint:
+        parser.error("give --model, or the --checkpoint of a run")
+    model = create_model(args.model, args.checkpoint, pretrained=args.pretrained, num_classes=args.num_classes)
+    print_report(export_onnx(model, args.out, size, args.dynamic_size, args.fuse, args.opset, args.preprocess))
+
+
+def print_report(report: ExportReport) -> None:
+    """Prints what was exported, a line each."""
+    scale = "the logits' scale"
+    if report.detections is not None:
+        scale = f"the image's side (boxes), 1 (scores) or 10 (masks) in {report.detections} detections"
+    print(f"file                {report.path} ({report.megabytes:.1f} MiB, {report.nodes} nodes, opset {report.opset})")
+    print(f"largest difference  {report.difference:.1e} of {scale}, onnxruntime against PyTorch"
+          f" (limit {TOLERANCE:.0e})")
+    for line in report.values:
+        print(line)
+    if report.detections == 0:
+        print("not checked         boxes: neither finds any object in the random images of the check")
+    if report.ties:
+        print(f"redrawn images      {report.ties}, on which PyTorch itself was undecided")
