@@ -64,6 +64,7 @@ def test_imports_have_no_circle():
 
 
 @pytest.mark.parametrize(("lower", "higher"), [
+    ("runtime", {"ops", "layers", "models", "dense", "heads", "data", "tasks", "weights", "export", "predict", "cli"}),
     ("ops", {"layers", "models", "dense", "heads", "data", "tasks", "weights"}),
     ("layers", {"models", "dense", "heads", "data", "tasks", "weights"}),
     ("models", {"dense", "heads", "data", "tasks", "weights"}),
@@ -121,3 +122,39 @@ def test_the_installed_command_is_lazy():
                             env=ENVIRONMENT, check=True)
     assert "visionattn.cli" in result.stderr
     assert "timm" not in result.stderr
+
+
+# Without PyTorch
+
+REFUSING = """
+import sys
+
+
+class Refusing:
+    names = {"torch", "torchvision", "timm", "lightning", "pycocotools", "jsonargparse"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Refusing())
+"""
+
+
+def refusing(*lines):
+    """What a Python without PyTorch prints that runs these lines."""
+    return subprocess.run([sys.executable, "-c", REFUSING + "\n".join(lines)], capture_output=True, text=True,
+                          env=ENVIRONMENT, check=False)
+
+
+def test_the_runtime_needs_no_torch():
+    modules_of_runtime = [name for name in modules() if name.startswith("visionattn.runtime")]
+    assert len(modules_of_runtime) > 5
+    lines = [f"import {name}" for name in modules_of_runtime]
+    result = refusing("import visionattn", *lines, "from visionattn.cli import main", "main(['--help'])",
+                      "assert main(['demo']) == 1", "visionattn.models")
+    assert "commands:" in result.stdout
+    assert "visionattn: error: this needs the package torch: pip install visionattn" in result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: visionattn's models need the package timm: pip install visionattn")

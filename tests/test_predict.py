@@ -18,11 +18,11 @@ from torch import Tensor
 
 from visionattn.cli import main
 from visionattn.data import CsvData, ImageFolderData, VocData, YoloData
-from visionattn.data.inputs import find_inputs
 from visionattn.heads import sliding_window
 from visionattn.predict import Predictor
-from visionattn.tasks.pictures import Patch, draw_classes, draw_label_map, draw_objects, patches
-from visionattn.tasks.results import _rle
+from visionattn.runtime.inputs import find_inputs
+from visionattn.runtime.pictures import Patch, draw_classes, draw_label_map, draw_objects, patches
+from visionattn.runtime.rle import area_of, encode
 from visionattn.tasks.tiles import detect_in_tiles, image_size, label_in_tiles
 
 from .data.images import coco_content, truncate, write_classes, write_image, write_mask
@@ -138,7 +138,7 @@ def test_results_are_those_of_the_older_form(task, with_settings, runs, tmp_path
     elif task == "segmentation":
         for one, named in zip(seen, inputs, strict=True):
             with Image.open(older / "predictions" / f"{named.stem}.png") as label_map:
-                assert np.array_equal(np.asarray(label_map), one.found.numpy())
+                assert np.array_equal(np.asarray(label_map), one.found)
     else:
         records = json.loads((older / "predictions.json").read_text())
         assert len(records) > 10
@@ -397,7 +397,7 @@ def test_tiles_find_what_is_in_the_image(tensor):
             seen.append(image_size(one))
             pixels = one[0].numpy() if isinstance(one, Tensor) else np.asarray(one)
             masks = [pixels == grey for grey in squares if (pixels == grey).sum() > 20]
-            parts = patches(torch.from_numpy(np.array(masks).reshape(-1, *pixels.shape)))
+            parts = patches(np.array(masks).reshape(-1, *pixels.shape))
             boxes = [[part.left, part.top, part.left + part.mask.shape[1], part.top + part.mask.shape[0]]
                      for part in parts]
             found.append({
@@ -447,15 +447,16 @@ def test_tiles_of_a_segmenter(runs, tmp_path):
         assert label_map.size == (150, 130)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (12, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (12, 3), (300, 400)])
 def test_masks_are_coded_as_pycocotools_codes_them(shape):
     rng = np.random.default_rng(0)
     for share in (0.0, 0.1, 0.5, 0.95, 1.0):
         mask = rng.random(shape) < share
-        patch, = patches(torch.from_numpy(mask[None]))
-        code = _rle(patch, *shape)
+        patch, = patches(mask[None])
+        code = encode(patch, *shape)
         expected = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         assert code == {"size": list(shape), "counts": expected["counts"].decode()}
+        assert area_of(code) == coco_mask.area(expected) == mask.sum()
 
 
 # Pictures
@@ -464,7 +465,7 @@ def test_pictures_can_be_read_at_any_size():
     """Names are not cut off: what is too wide or high makes the picture larger."""
     for size in ((1, 1), (8, 8), (3, 400), (400, 3), (3000, 40)):
         image = Image.new("RGB", size)
-        found = {"boxes": torch.tensor([[0., 0., *size]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.5]),
+        found = {"boxes": np.array([[0., 0., *size]]), "labels": np.array([1]), "scores": np.array([0.5]),
                  "masks": [Patch(np.ones(size[::-1], bool), 0, 0)]}
         drawn = draw_objects(image, found, ["a rather long name of a class\n"])
         label_map = Image.new("L", size)

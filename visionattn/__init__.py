@@ -71,4 +71,19 @@ with suppress(PackageNotFoundError):
 
 # The command imports what it needs itself: --help must not wait for torch.
 if not _runs_the_command():
-    from . import models
+    try:
+        from . import models
+    except ModuleNotFoundError as error:  # exported files run without PyTorch, the models do not
+        if (error.name or "").partition(".")[0] not in ("torch", "torchvision", "timm"):
+            raise
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is asked for."""
+    if name == "models":
+        try:
+            return import_module(f"{__name__}.models")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"visionattn's models need the package {error.name}: pip install visionattn", name=error.name) from None
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

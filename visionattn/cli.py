@@ -88,6 +88,9 @@ def _fail(message: str, code: int) -> int:
 def _one_line(error: Exception) -> str:
     """The error's message; of one that a loader process raised, the message there."""
     text = str(error).strip()
+    if isinstance(error, ModuleNotFoundError) and error.name and text == f"No module named {error.name!r}":
+        package = error.name.partition(".")[0]  # as where exported files alone were to run
+        text = f"this needs the package {package}: pip install visionattn"
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
     text = " ".join(text.split()) or type(error).__name__

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,11 +21,11 @@ from tqdm import tqdm
 
 from .data.classification import evaluation_transform
 from .data.dense_transforms import resize_shorter, to_image
-from .data.inputs import Input, find_inputs
-from .data.pixels import Decoding, picture_of
-from .data.report import say
+from .runtime.inputs import Input, find_inputs
+from .runtime.pictures import printable
+from .runtime.pixels import Decoding, picture_of
+from .runtime.say import say
 from .tasks import ClassificationTask, DetectionTask, SegmentationTask
-from .tasks.pictures import printable
 from .tasks.rebuild import load_task
 from .tasks.run_folder import Run, find_run
 from .tasks.summary import write_readme
@@ -124,10 +125,11 @@ class Predictor:
     def _read(self, file: Path) -> tuple[Path, Any, Any]:
         """The file, its image and that as the model takes it, or tiles are cut of; in place of the image why not."""
         try:
-            values: Any = self.decoding.read(file) if self.decoding.channels == 3 else self.decoding.tensor(file)
+            values: Any = self.decoding.read(file) if self.decoding.channels == 3 else self.decoding.array(file)
         except ValueError as error:
             return file, str(error), None
-        image = picture_of(values) if isinstance(values, Tensor) else values
+        image = picture_of(values) if isinstance(values, np.ndarray) else values
+        values = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
         return file, image, values if self.tile else self._prepare(values)
 
     def _predict(self, batch: list[tuple[Path, Any, Any]]) -> Iterator[Prediction]:
@@ -153,18 +155,18 @@ class Predictor:
         """What is found in images of these sizes (width, height); with tiles they are not prepared yet."""
         task = self.task
         if isinstance(task, ClassificationTask):
-            return task.probabilities(torch.stack(prepared).to(self.device)).cpu()
+            return task.probabilities(torch.stack(prepared).to(self.device)).float().cpu().numpy()
         if isinstance(task, DetectionTask):
             if self.tile is None:
-                return task.detect([one.to(self.device) for one in prepared], self.threshold)
-            return [detect_in_tiles(self._detect, image, self.tile, self.batch_size, self._seen_size(size))
+                return [_arrays(one) for one in task.detect([one.to(self.device) for one in prepared], self.threshold)]
+            return [_arrays(detect_in_tiles(self._detect, image, self.tile, self.batch_size, self._seen_size(size)))
                     for image, size in zip(prepared, sizes, strict=True)]
         if self.tile is None:
-            return [self._infer([one], size)[0].argmax(dim=0).to("cpu", torch.uint8)
+            return [self._infer([one], size)[0].argmax(dim=0).to("cpu", torch.uint8).numpy()
                     for one, size in zip(prepared, sizes, strict=True)]
         return [label_in_tiles(
             lambda tiles: self._infer([self._prepare(tile) for tile in tiles], image_size(tiles[0])), image, self.tile,
-            self.batch_size) for image in prepared]
+            self.batch_size).numpy() for image in prepared]
 
     def _detect(self, images: list[Image.Image | Tensor]) -> list[dict[str, Any]]:
         assert isinstance(self.task, DetectionTask)
@@ -223,6 +225,10 @@ def main(argv: list[str]) -> int:
     say(f"{len(faults)} of {len(inputs)} images cannot be used and were left out, the first is {printable(first)}: "
         f"{why}; {left_out} lists them.")
     return 1
+
+
+def _arrays(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.numpy() if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
 def _tensor(image: Image.Image | Tensor) -> Tensor:

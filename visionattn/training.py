@@ -22,10 +22,9 @@ from huggingface_hub import constants as hub
 
 from . import export, predict
 from .data.guess import DataKind, guess_data
-from .data.pixels import Decoding
-from .data.reading import is_image
 from .data.segmentation_folder import SegmentationFolderData
-from .data.splits import visible_files
+from .runtime.folders import is_image, visible_files
+from .runtime.pixels import Decoding
 from .tasks import run as run_cli
 from .tasks.summary import write_readme
 from .weights import check_name

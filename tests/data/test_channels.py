@@ -5,14 +5,14 @@ import torch
 from PIL import Image
 
 from visionattn.data import CsvData, ImageFolderData, SegmentationFolderData, YoloData
-from visionattn.data.pixels import Decoding, picture_of
+from visionattn.runtime.pixels import Decoding, picture_of
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 16, 5), dtype=np.uint8)
 
 
 def _tensor(file, channels, **options):
-    return Decoding(channels=channels, **options).tensor(file)
+    return torch.from_numpy(Decoding(channels=channels, **options).array(file))
 
 
 @pytest.mark.parametrize(("dtype", "values"), [
@@ -86,12 +86,12 @@ def test_other_channels_are_refused(tmp_path, name, channels, message):
     decoding = Decoding(channels=channels)
     assert not decoding.look(tmp_path / "a.png").fault or channels != 3
     with pytest.raises(ValueError, match=message):
-        decoding.tensor(tmp_path / name)
+        decoding.array(tmp_path / name)
     assert decoding.look(tmp_path / name).fault
 
 
 def test_pictures_show_the_first_channels(tmp_path):
-    image = torch.tensor(PIXELS).movedim(-1, 0) / 255
+    image = PIXELS.transpose(2, 0, 1) / 255
     assert np.array_equal(np.asarray(picture_of(image)), PIXELS[..., :3])
     assert np.array_equal(np.asarray(picture_of(image[:2])), PIXELS[..., :1].repeat(3, axis=-1))
     np.save(tmp_path / "a.npy", PIXELS)

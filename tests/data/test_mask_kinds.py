@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from visionattn.data import SegmentationFolderData
-from visionattn.data.masks import color_table, voc_colors
+from visionattn.data.masks import color_table
+from visionattn.runtime.pictures import voc_colors
 
 from .images import truncate, write_image
 

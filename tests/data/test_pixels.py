@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from visionattn.data.pixels import Decoding, orientation_of
 from visionattn.data.reading import decoding_fault, header_fault
+from visionattn.runtime.pixels import Decoding, orientation_of
 
 ORIENTATION = 0x0112
 SEEN = np.zeros((24, 40, 3), np.uint8)  # what the eye sees: a red quarter at the top left, a green one at the top right

@@ -4,7 +4,8 @@ import csv
 import pytest
 
 from visionattn.data.report import DataReport, SplitReport
-from visionattn.data.splits import split_folders, split_of, visible_folders
+from visionattn.data.splits import split_folders, split_of
+from visionattn.runtime.folders import visible_folders
 
 
 def _report():

@@ -3,14 +3,15 @@ import json
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.data.images import coco_content, truncate, write_image
 from visionattn.data import CocoData, ImageFolderData, SegmentationFolderData
+from visionattn.runtime.writers import ResultFolder
 from visionattn.tasks import ClassificationTask, DetectionTask, SegmentationTask
-from visionattn.tasks.results import ResultFolder
 
 NAMES = ["../../up", "/root/up", "C:\\up", "C:up", "..\\..\\up", "\\\\host\\share\\up", "a/../../../up", "..", ".", "",
          "//", "~/up", "a\\..\\..\\up", "./up"]
@@ -65,7 +66,7 @@ def test_classes_of_several_labels(tmp_path):
     task = ClassificationTask("test_dinat", num_classes=3, class_names=["a", "b", "c"], multi_label=True)
     for threshold, labels in ((None, "a"), (0.3, "a|c")):
         results = task.open_results(tmp_path, threshold)
-        best = results.best(torch.tensor([0.75, 0.25, 0.4]))
+        best = results.best(np.array([0.75, 0.25, 0.4]))
         results.write("\udcff.jpg", best)
         results.draw("x", picture().convert("RGB"), best)
         assert results.close() == f"Predictions of 1 images are in {tmp_path / 'predictions.csv'}"

@@ -6,7 +6,7 @@ What a task may ask of a data module: the attributes ``num_classes`` and ``class
 a batch is a list.
 
 ``image_settings``, plain values that checkpoints keep, say how ``visionattn predict`` makes images of files: the fields
-of ``visionattn.data.pixels.Decoding`` that differ as a dict ``decoding``, and beside them ``image_size``,
+of ``visionattn.runtime.pixels.Decoding`` that differ as a dict ``decoding``, and beside them ``image_size``,
 ``interpolation``, ``crop_pct``, ``mean`` and ``std`` for classification, ``short_side`` and ``max_size`` for
 segmentation. Without them that command has no predictions.
 

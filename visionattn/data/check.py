@@ -15,11 +15,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from .. import data
+from ..runtime.pixels import picture_of
 from .dense_transforms import IGNORE
 from .detection import DetectionData
 from .guess import DataKind, guess_data
 from .loading import LoadedData
-from .pixels import picture_of
 from .reading import read_image
 
 __all__ = ["check", "contact_sheet", "main"]
@@ -147,12 +147,12 @@ def _examples(module: Any) -> Iterator[tuple[Image.Image, str]]:
         dataset.records = module.records["train"]
         for index in _spread(range(len(dataset))):
             image, target = dataset[index]
-            yield _with_objects(pil_to_tensor(picture_of(image)), target, names), target["file_name"]
+            yield _with_objects(pil_to_tensor(picture_of(image.numpy())), target, names), target["file_name"]
         return
     dataset.pairs = module.pairs["train"]
     for index in _spread(range(len(dataset))):
         image, labels = dataset[index]
-        picture, caption = _with_labels(pil_to_tensor(picture_of(image)), labels, names)
+        picture, caption = _with_labels(pil_to_tensor(picture_of(image.numpy())), labels, names)
         yield picture, f"{Path(dataset.pairs[index].image).name}: {caption}"
 
 

@@ -13,20 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from ..runtime.folders import EXTENSIONS, find_images
+from ..runtime.pixels import Decoding
+from ..runtime.say import say
 from .loading import LoadedData
-from .pixels import Decoding
-from .reading import (
-    EXTENSIONS,
-    SEVERAL,
-    UNREADABLE,
-    Faults,
-    find_faults,
-    find_images,
-    read_image,
-    read_tensor,
-    say_shared,
-)
-from .report import DataReport, SplitReport, say
+from .reading import SEVERAL, UNREADABLE, Faults, find_faults, read_image, read_tensor, say_shared
+from .report import DataReport, SplitReport
 
 __all__ = ["ClassificationData", "Sample", "evaluation_transform", "normalisation"]
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal
 
+from ..runtime.folders import visible_folders
+from ..runtime.pixels import MAX_PIXELS
+from ..runtime.say import say
 from .detection import DetectionData, Finder, Listed, Thing, split_of_path, walk
-from .pixels import MAX_PIXELS
 from .polygons import number
 from .reading import Faults
-from .report import say
-from .splits import split_of, visible_folders
+from .splits import split_of
 
 __all__ = ["CocoData"]
 
@@ -79,7 +80,7 @@ class CocoData(DetectionData):
         class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
             the checkpoint, so that the training data need not be there.
         in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
-            files; see ``visionattn.data.pixels``).
+            files; see ``visionattn.runtime.pixels``).
 
     Raises:
         FileNotFoundError: A JSON file or folder does not exist.

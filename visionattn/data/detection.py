@@ -16,21 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
+from ..runtime.folders import EXTENSIONS, find_images, visible_files, without_copies
+from ..runtime.pixels import ENDINGS, Decoding, orientation_of, turned
+from ..runtime.say import say
 from .dense_transforms import detection_transform, to_image
 from .loading import LoadedData, collate_detection
-from .pixels import ENDINGS, Decoding, orientation_of, turned
 from .polygons import mask_of, number, segmentation_of
-from .reading import (
-    EXTENSIONS,
-    Faults,
-    find_faults,
-    find_images,
-    read_tensor,
-    say_shared,
-    without_copies,
-)
-from .report import DataReport, SplitReport, say, shortened
-from .splits import split_of, visible_files
+from .reading import Faults, find_faults, read_tensor, say_shared
+from .report import DataReport, SplitReport, shortened
+from .splits import split_of
 
 __all__ = ["DetectionData", "Finder", "Listed", "Records", "Thing", "split_of_path", "walk"]
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ..runtime.folders import is_image, visible_files
 from .mask_folders import IMAGES, MASKS
 from .polygons import number
-from .reading import is_image
-from .splits import split_of, visible_files
+from .splits import split_of
 from .table import find_tables
 
 __all__ = ["DataKind", "guess_data"]

@@ -6,11 +6,13 @@ from typing import Literal
 
 from sklearn.model_selection import train_test_split
 
+from ..runtime.folders import EXTENSIONS, is_image, is_visible, only_images, visible_files, visible_folders
+from ..runtime.pixels import MAX_PIXELS
+from ..runtime.say import say
 from .classification import ClassificationData, Sample
-from .pixels import MAX_PIXELS
-from .reading import EXTENSIONS, Faults, is_image, only_images
-from .report import say, shortened
-from .splits import is_visible, split_folders, split_of, visible_files, visible_folders
+from .reading import Faults
+from .report import shortened
+from .splits import split_folders, split_of
 
 __all__ = ["ImageFolderData"]
 
@@ -24,7 +26,7 @@ class ImageFolderData(ClassificationData):
     without ``train``, is read as training images. Where there is no ``test``, testing uses the validation images. All
     of this is said when it happens. Hidden files and those of operating systems are not looked at, and links are
     followed once. Augmentation and evaluation crops are timm's (``timm.data.create_transform``); files are decoded as
-    ``visionattn.data.pixels`` says.
+    ``visionattn.runtime.pixels`` says.
 
     Args:
         root: The folder with the images.
@@ -57,7 +59,7 @@ class ImageFolderData(ClassificationData):
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
         in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
-            files; see ``visionattn.data.pixels``).
+            files; see ``visionattn.runtime.pixels``).
         balanced_sampling: Draw training images so that every class comes equally often.
         class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
             the checkpoint, so that the training data need not be there.

@@ -9,7 +9,8 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 
-from .report import DataReport, say
+from ..runtime.say import say
+from .report import DataReport
 
 __all__ = ["LoadedData", "collate_detection"]
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from .pixels import ARRAY
-from .reading import Faults, find_images, is_image
-from .report import say
-from .splits import split_folders, split_of, visible_files, visible_folders
+from ..runtime.folders import find_images, is_image, visible_files, visible_folders
+from ..runtime.pixels import ARRAY
+from ..runtime.say import say
+from .reading import Faults
+from .splits import split_folders, split_of
 
 __all__ = ["Names", "Pair", "find_folders", "match"]
 

@@ -9,12 +9,13 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from ..runtime.pictures import voc_colors
+from ..runtime.pixels import AS_SEEN, Decoding, reason_of, tag_of, turned
 from .dense_transforms import IGNORE
-from .pixels import AS_SEEN, Decoding, reason_of, tag_of, turned
 
 __all__ = ["CITYSCAPES", "VOC", "Mask", "MaskTable", "UnusableMask", "blurred", "color_table", "count_codes",
            "describe", "known_colors", "list_of", "meant", "probable_options", "read_mask", "values_table",
-           "voc_colors", "with_gaps"]
+           "with_gaps"]
 
 CITYSCAPES = {  # class: value in *_labelIds.png; the other values, up to 33, are ignored
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
@@ -243,12 +244,6 @@ def color_table(colors: str | Mapping[str, Sequence[int] | str], nearest: bool =
     codes = sorted(known)
     labels = np.array([known[code][1] for code in codes], dtype=np.uint8)
     return list(table), MaskTable(np.array(codes, dtype=np.int64), labels, True, True, nearest)
-
-
-def voc_colors() -> list[tuple[int, int, int]]:
-    """Red, green and blue of 256 labels, as PASCAL VOC colours them: the label's bits, dealt to the high bits."""
-    return [tuple(sum(((label >> 3 * bit + channel) & 1) << 7 - bit for bit in range(8))  # type: ignore[misc]
-                  for channel in range(3)) for label in range(256)]
 
 
 def count_codes(codes: np.ndarray) -> Counter[int]:

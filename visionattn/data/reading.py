@@ -8,18 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from .pixels import ARRAY, AS_SEEN, ENDINGS, UNREAD, Decoding, Look
-from .report import say
-from .splits import visible_files
+from ..runtime.pixels import AS_SEEN, Decoding, Look
+from ..runtime.say import say
 
-__all__ = ["EXTENSIONS", "Faults", "check_images", "decoding_fault", "find_faults", "find_images", "header_fault",
-           "is_image", "only_images", "read_image", "read_tensor", "result_names", "say_shared", "shared_files",
-           "without_copies"]
+__all__ = ["Faults", "check_images", "decoding_fault", "find_faults", "header_fault", "read_image", "read_tensor",
+           "result_names", "say_shared", "shared_files"]
 
-EXTENSIONS = ", ".join(ending for ending in ENDINGS if ending not in UNREAD)  # of images, for messages
 UNREADABLE = "the file cannot be read as an image"
 SEVERAL = "it has several frames or pages"
 
@@ -76,38 +74,6 @@ class Faults:
         """Says how many records were left out and why."""
         for (kind, remedy), count in self.kinds.items():
             say(f"{self.source}: {count} {remedy}: {kind}; the first is {self.first[kind, remedy]}")
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Every image below ``folder``, by its ending, in a fixed order; says what else it holds."""
-    return only_images(sorted(visible_files(folder)), folder)
-
-
-def only_images(files: list[Path], folder: Path) -> list[Path]:
-    """Those of the ``files`` below ``folder`` that are images by their ending; says how many are not."""
-    others = [file for file in files if not is_image(file)]
-    if others:
-        say(f"{folder} holds {len(others)} files that are not images by their name, "
-                       f"such as {others[0].name}: they are not read.")
-    return without_copies([file for file in files if is_image(file)])
-
-
-def without_copies(images: list[Path]) -> list[Path]:
-    """The images without arrays that lie beside a picture of the same name, such as the caches of other trainers."""
-    if not any(file.suffix.lower() == ARRAY for file in images):
-        return images
-    pictures = {file.with_suffix("") for file in images if file.suffix.lower() != ARRAY}
-    copies = [file for file in images if file.suffix.lower() == ARRAY and file.with_suffix("") in pictures]
-    if copies:
-        say(f"{len(copies)} arrays, such as {copies[0]}, lie beside a picture of the same name: they are not read.")
-        known = set(copies)
-        return [file for file in images if file not in known]
-    return images
-
-
-def is_image(file: Path) -> bool:
-    """Whether the ending is one of an image."""
-    return file.suffix.lower() in ENDINGS
 
 
 def result_names(files: list[Path], folder: Path) -> list[str]:
@@ -177,7 +143,7 @@ def read_image(file: Path, hint: str, decoding: Decoding = AS_SEEN) -> Image.Ima
 def read_tensor(file: Path, hint: str, decoding: Decoding = AS_SEEN) -> Tensor:
     """The same as a tensor ``[channels, H, W]``: uint8 of three channels, float32 in [0, 1] of other numbers."""
     try:
-        return decoding.tensor(file)
+        return torch.from_numpy(decoding.array(file))
     except ValueError as error:
         raise ValueError(f"{file} cannot be read as an image: {error}; {hint}") from error
 

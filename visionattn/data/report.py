@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_info
-
-__all__ = ["DataReport", "SplitReport", "aligned", "say", "shortened"]
+__all__ = ["DataReport", "SplitReport", "aligned", "shortened"]
 
 IMBALANCE = 10  # ratio of the most to the least frequent class from which it is said
 FEW = 100  # training images below which it is said
@@ -106,11 +104,6 @@ class DataReport:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file).writerows([("split", "what", "why", "what became of it"), *rows])
-
-
-def say(text: str) -> None:
-    """Logs what the user should know, once; of names that are no text the bytes."""
-    rank_zero_info(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def shortened(names: Sequence[str]) -> str:

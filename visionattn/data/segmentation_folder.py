@@ -12,6 +12,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..runtime.folders import EXTENSIONS, find_images
+from ..runtime.pixels import MAX_PIXELS, Decoding, orientation_of, turned
+from ..runtime.say import say
 from .dense_transforms import IGNORE, SegmentationTransform, resize_shorter, to_image
 from .loading import LoadedData
 from .mask_folders import Names, Pair, find_folders, match
@@ -34,9 +37,8 @@ from .masks import (
     values_table,
     with_gaps,
 )
-from .pixels import MAX_PIXELS, Decoding, orientation_of, turned
-from .reading import EXTENSIONS, Faults, check_images, find_faults, find_images, read_tensor, result_names, say_shared
-from .report import DataReport, SplitReport, say
+from .reading import Faults, check_images, find_faults, read_tensor, result_names, say_shared
+from .report import DataReport, SplitReport
 
 __all__ = ["SegmentationFolderData"]
 
@@ -65,7 +67,7 @@ class SegmentationFolderData(LoadedData):
     Where there are no test images, testing uses the validation images; this is said. Masks are PNG with a palette or
     in grey (also grey in RGB), of the size of their image; ``mask_values`` and ``mask_colors`` say what other values
     and colours mean, and are needed for JPEG, which does not keep values. Files are decoded as
-    ``visionattn.data.pixels`` says: photos upright, and their masks with them. Training images are resized, cropped,
+    ``visionattn.runtime.pixels`` says: photos upright, and their masks with them. Training images are resized, cropped,
     mirrored and coloured at random to ``crop_size``. Evaluation resizes the image and leaves the labels, so that
     ``labels`` have the size of the file.
 
@@ -110,7 +112,7 @@ class SegmentationFolderData(LoadedData):
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
         in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
-            files; see ``visionattn.data.pixels``).
+            files; see ``visionattn.runtime.pixels``).
 
     Raises:
         FileNotFoundError: A folder or list does not exist.

@@ -11,12 +11,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from ..runtime.folders import EXTENSIONS, is_image, visible_files
+from ..runtime.pixels import MAX_PIXELS
+from ..runtime.say import say
 from .classification import ClassificationData, Sample
 from .detection import Finder
-from .pixels import MAX_PIXELS
-from .reading import EXTENSIONS, Faults, is_image
-from .report import DataReport, say, shortened
-from .splits import split_of, visible_files
+from .reading import Faults
+from .report import DataReport, shortened
+from .splits import split_of
 
 __all__ = ["CsvData", "find_tables"]
 
@@ -82,7 +84,7 @@ class CsvData(ClassificationData):
         min_batches: Least number of training batches of an epoch: where there are fewer, it goes through the images
             several times, each time changed at random anew.
         in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
-            files; see ``visionattn.data.pixels``).
+            files; see ``visionattn.runtime.pixels``).
         balanced_sampling: Draw training images so that every class comes equally often (of several classes of an image
             the rarest counts).
         class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from

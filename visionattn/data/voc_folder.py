@@ -5,11 +5,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
+from ..runtime.pixels import MAX_PIXELS
+from ..runtime.say import say
 from .detection import SHARES, DetectionData, Finder, Listed, Thing, split_of_path, walk
-from .pixels import MAX_PIXELS
 from .polygons import number
 from .reading import Faults
-from .report import say
 from .splits import split_of
 
 __all__ = ["Annotated", "Annotation", "VocData", "image_of", "listed_names", "read_annotation"]
@@ -53,7 +53,7 @@ class VocData(DetectionData):
         class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
             the checkpoint, so that the training data need not be there.
         in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
-            files; see ``visionattn.data.pixels``).
+            files; see ``visionattn.runtime.pixels``).
 
     Raises:
         FileNotFoundError: The folder does not exist.

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import yaml
 
+from ..runtime.folders import EXTENSIONS, visible_folders
+from ..runtime.pixels import ENDINGS, MAX_PIXELS
+from ..runtime.say import say
 from .detection import DetectionData, Finder, Listed, Thing, split_of_path, walk
-from .pixels import ENDINGS, MAX_PIXELS
 from .polygons import number
-from .reading import EXTENSIONS, Faults
-from .report import say
-from .splits import split_of, visible_folders
+from .reading import Faults
+from .splits import split_of
 
 __all__ = ["YoloData"]
 
@@ -67,7 +68,7 @@ class YoloData(DetectionData):
         class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
             the checkpoint, so that the training data need not be there.
         in_chans: Channels of the images: 3 as a viewer shows them, 1 in grey, or the bands of the files (4 of RGBA
-            files; see ``visionattn.data.pixels``).
+            files; see ``visionattn.runtime.pixels``).
 
     Raises:
         FileNotFoundError: A file or folder does not exist.

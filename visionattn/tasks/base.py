@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from ..data.report import say
+from ..runtime.say import say
+from ..runtime.writers import Results
 from .findings import Findings, Mistakes
 from .freezing import Freezing
-from .results import Results
 from .run_folder import Moved, relocated
 
 __all__ = ["Task", "check_arguments"]

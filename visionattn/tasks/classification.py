@@ -13,8 +13,9 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from ..data.report import say
 from ..layers import auxiliary_losses
+from ..runtime.say import say
+from ..runtime.writers import ClassificationResults, MultilabelResults
 from ..weights import check_name, fitting, read_checkpoint, timm_model
 from .base import Task, check_arguments
 from .calibration import SingleLabelCounts
@@ -23,7 +24,6 @@ from .findings import Findings, class_rows, thumbnail
 from .freezing import Freezing, below_head, check_unfreezing
 from .multilabel import MultilabelScores, average_precisions, best_thresholds, threshold_scores
 from .optim import adamw, cosine_with_warmup
-from .results import ClassificationResults, MultilabelResults
 
 __all__ = ["ClassificationTask"]
 
@@ -261,7 +261,7 @@ class ClassificationTask(Task):
         """Probabilities ``[B, classes]`` of one batch of images with their names."""
         images, names = batch
         probabilities = self.probabilities(images)
-        for name, one in zip(names, probabilities, strict=True):
+        for name, one in zip(names, probabilities.float().cpu().numpy(), strict=True):
             self._predictions.append([name, self.results.best(one)])
         return probabilities
 

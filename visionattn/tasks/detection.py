@@ -15,17 +15,17 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import resize_boxes
 
-from ..data.pixels import picture_of
 from ..dense import DenseBackbone
 from ..heads.detector import build_detector
 from ..layers.auxiliary import auxiliary_losses
+from ..runtime.pictures import patches
+from ..runtime.pixels import picture_of
+from ..runtime.writers import DetectionResults
 from .base import Task, check_arguments
 from .findings import Findings, Sums, class_rows
 from .freezing import Freezing, check_unfreezing
 from .matching import MATCHED, match_objects
 from .optim import adamw, cosine_with_warmup, steps_with_warmup
-from .pictures import patches
-from .results import DetectionResults
 
 __all__ = ["DetectionTask"]
 
@@ -236,10 +236,10 @@ class DetectionTask(Task):
             size, name = target["orig_size"].tolist(), target["file_name"]
             if image.shape[-2:] != torch.Size(size):
                 image = interpolate(image[None], size=size, mode="bilinear")[0]
-            shown: dict[str, Any] = dict(detections)
+            shown: dict[str, Any] = {key: value.numpy() for key, value in detections.items()}
             if "masks" in shown:
                 shown["masks"] = patches(shown["masks"])
-            self.results.draw(name, picture_of(image), shown)
+            self.results.draw(name, picture_of(image.cpu().numpy()), shown)
             self._predictions.append(self.results.records(target["image_id"], name, shown, size))
         return found
 
@@ -359,7 +359,7 @@ def _paste_patches(
         if "masks" in found:
             found["masks"] = [
                 patch for mask, box in zip(found["masks"].split(1), found["boxes"].split(1), strict=True)
-                for patch in patches(paste_masks_in_image(mask, box, size)[:, 0] > 0.5)]
+                for patch in patches((paste_masks_in_image(mask, box, size)[:, 0] > 0.5).cpu().numpy())]
     return results
 
 

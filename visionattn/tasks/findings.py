@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics import Metric
 
-from ..data.pixels import picture_of
+from ..runtime.pixels import picture_of
 from .charts import Tile, draw_confusion, draw_reliability, draw_sheet
 
 __all__ = ["Findings", "Mistakes", "Sums", "class_rows", "thumbnail"]
@@ -146,7 +146,7 @@ def thumbnail(image: Tensor, normalisation: Any = None) -> np.ndarray:
     if zoom < 1:
         size = [max(1, round(zoom * length)) for length in image.shape[1:]]
         image = interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
-    return np.array(picture_of(image))
+    return np.array(picture_of(image.numpy()))
 
 
 def _write_table(path: Path, rows: list[list[Any]]) -> None:

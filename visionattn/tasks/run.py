@@ -29,8 +29,9 @@ from lightning_utilities.core.imports import RequirementCache
 
 from .. import data  # noqa: F401  (the data modules may be named without their module)
 from ..data.loading import LoadedData
-from ..data.report import DataReport, say
+from ..data.report import DataReport
 from ..recipes import with_recipes
+from ..runtime.say import say
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 from .run_folder import moved_run, relocated, with_run, with_run_folders

@@ -9,8 +9,8 @@ from jsonargparse import Namespace
 from .. import data
 from ..data.classification import normalisation
 from ..data.digits import MEAN, STD
-from ..data.pixels import Decoding
-from ..data.report import say
+from ..runtime.pixels import Decoding
+from ..runtime.say import say
 
 __all__ = ["Moved", "Run", "find_run", "moved_run", "relocated", "with_run", "with_run_folders"]
 

@@ -15,19 +15,19 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ..data.masks import voc_colors
-from ..data.pixels import picture_of
 from ..dense import DenseBackbone
 from ..heads.blocks import resize
 from ..heads.segmenter import Segmenter, multi_scale, sliding_window
 from ..layers.auxiliary import auxiliary_losses
+from ..runtime.pictures import voc_colors
+from ..runtime.pixels import picture_of
+from ..runtime.writers import SegmentationResults
 from .base import Task, check_arguments
 from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
 from .freezing import Freezing, check_unfreezing
 from .losses import SegmentationLoss
 from .optim import adamw, cosine_with_warmup, poly_with_warmup
-from .results import SegmentationResults
 
 __all__ = ["SegmentationTask"]
 
@@ -267,8 +267,8 @@ class SegmentationTask(Task):
         paths = []
         for image, name, (height, width) in zip(images, names, sizes.tolist(), strict=True):
             labels = self.infer(image[None], (height, width), testing=True)[0].argmax(dim=0)
-            picture = picture_of(resize(image[None], (height, width))[0])
-            paths.append(self.results.draw(name, picture, labels.to("cpu", torch.uint8)))
+            picture = picture_of(resize(image[None], (height, width))[0].cpu().numpy())
+            paths.append(self.results.draw(name, picture, labels.to("cpu", torch.uint8).numpy()))
         return paths
 
     def on_predict_epoch_end(self) -> None:

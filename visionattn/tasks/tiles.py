@@ -11,7 +11,7 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.v2 import functional as F
 
 from ..heads.segmenter import window_starts
-from .pictures import Patch
+from ..runtime.pictures import Patch
 
 __all__ = ["detect_in_tiles", "image_size", "label_in_tiles"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .reading import EXTENSIONS, find_images, is_image
-from .report import say
+from .folders import EXTENSIONS, find_images, is_image
+from .say import say
 
 __all__ = ["Input", "find_inputs"]
 

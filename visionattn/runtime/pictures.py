@@ -4,11 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from ..data.masks import voc_colors
-
-__all__ = ["PALETTE", "Patch", "draw_classes", "draw_label_map", "draw_objects", "patches", "printable"]
+__all__ = ["PALETTE", "Patch", "draw_classes", "draw_label_map", "draw_objects", "patches", "printable",
+           "voc_colors"]
 
 PALETTE = [
     (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
@@ -34,9 +32,9 @@ class Patch(NamedTuple):
     top: int
 
 
-def patches(masks: Tensor) -> list[Patch]:
+def patches(masks: np.ndarray) -> list[Patch]:
     """The patches of ``masks [N, H, W]`` of bools."""
-    return [_patch(mask) for mask in masks.cpu().numpy()]
+    return [_patch(mask) for mask in masks]
 
 
 def draw_objects(image: Image.Image, found: dict[str, Any], names: Sequence[str]) -> Image.Image:
@@ -102,6 +100,12 @@ def draw_classes(image: Image.Image, classes: Sequence[tuple[str, float]]) -> Im
     size = _text_size(picture)
     items = [(f"{printable(name)} {probability:.2f}", None) for name, probability in classes] or [("no class", None)]
     return _with_caption(picture, items, size, lines=True)
+
+
+def voc_colors() -> list[tuple[int, int, int]]:
+    """Red, green and blue of 256 labels, as PASCAL VOC colours them: the label's bits, dealt to the high bits."""
+    return [tuple(sum(((label >> 3 * bit + channel) & 1) << 7 - bit for bit in range(8))  # type: ignore[misc]
+                  for channel in range(3)) for label in range(256)]
 
 
 def printable(name: str) -> str:

@@ -3,11 +3,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageSequence
-from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2 import functional as F
 
 __all__ = ["ARRAY", "AS_SEEN", "ENDINGS", "Decoding", "Look", "orientation_of", "picture_of", "reason_of", "tag_of",
            "turned"]
@@ -17,8 +13,8 @@ __all__ = ["ARRAY", "AS_SEEN", "ENDINGS", "Decoding", "Look", "orientation_of", 
 UNREAD = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".rw2", ".orf")
 ARRAY = ".npy"
 ENDINGS = (  # of files that are taken for images
-    *IMG_EXTENSIONS, ".jpe", ".jfif", ".gif", ".apng", ".jp2", ".avif", ".dib", ".pbm", ".pnm", ".psd", ".tga", ARRAY,
-    *UNREAD)
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jpe", ".jfif", ".gif", ".apng", ".jp2",
+    ".avif", ".dib", ".pbm", ".pnm", ".psd", ".tga", ARRAY, *UNREAD)
 
 MAX_PIXELS = 178_956_970  # where Pillow stops by itself
 TURNS = {
@@ -107,7 +103,7 @@ class Decoding(NamedTuple):
             ValueError: It cannot be decoded; the message says why, without the file's name.
         """
         if self.channels != 3 or file.suffix.lower() == ARRAY:
-            return picture_of(self.tensor(file))
+            return picture_of(self.array(file))
         try:
             with self.open(file) as image:
                 tag = tag_of(image)
@@ -116,14 +112,14 @@ class Decoding(NamedTuple):
             raise ValueError(reason_of(error, file)) from error
         return rgb if image.format == "TIFF" else turned(rgb, tag)  # Pillow turns TIFF files
 
-    def tensor(self, file: Path) -> Tensor:
+    def array(self, file: Path) -> np.ndarray:
         """The image ``[channels, H, W]``, upright: uint8 of three channels, float32 in [0, 1] of other numbers.
 
         Raises:
             ValueError: It cannot be decoded; the message says why, without the file's name.
         """
         if self.channels == 3 and file.suffix.lower() != ARRAY:
-            return F.pil_to_tensor(self.read(file))
+            return np.array(self.read(file)).transpose(2, 0, 1)
         try:
             if file.suffix.lower() == ARRAY:
                 shares = self._shares(self._array(file))
@@ -132,8 +128,8 @@ class Decoding(NamedTuple):
                     shares = self._shares(self._values(image))
         except Exception as error:
             raise ValueError(reason_of(error, file)) from error
-        tensor = torch.from_numpy(shares).movedim(-1, 0).contiguous()
-        return F.to_dtype(tensor, torch.uint8, scale=True) if self.channels == 3 else tensor
+        planes = np.ascontiguousarray(shares.transpose(2, 0, 1))
+        return _bytes(planes) if self.channels == 3 else planes
 
     def open(self, file: Path) -> Image.Image:
         """The image with its header read, the pixels not yet; raises what Pillow raises, or a ValueError."""
@@ -252,10 +248,12 @@ def orientation_of(file: Path) -> int:
         raise ValueError(reason_of(error, file)) from error
 
 
-def picture_of(image: Tensor) -> Image.Image:
+def picture_of(image: np.ndarray) -> Image.Image:
     """A picture of an image ``[C, H, W]``, uint8 or in [0, 1]: of its first three channels, or in grey of its first."""
-    shown = F.to_dtype(image[:3] if len(image) > 2 else image[:1].expand(3, -1, -1), torch.float32, scale=True)
-    return F.to_pil_image((shown.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
+    shown: Any = (image[:3] if len(image) > 2 else image[:1].repeat(3, 0)).transpose(1, 2, 0)
+    if shown.dtype != np.uint8:
+        shown = (shown.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(shown))
 
 
 def turned(image: Image.Image, tag: int) -> Image.Image:
@@ -283,6 +281,11 @@ def reason_of(error: Exception, file: Path) -> str:
     if isinstance(error, OSError) and "cannot identify image file" in str(error):
         return _content(file)
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _bytes(shares: np.ndarray) -> np.ndarray:
+    """uint8 of values in [0, 1], in equal steps."""
+    return (shares * np.float32(256 - 1e-3)).astype(np.uint8)
 
 
 def _bands(image: Image.Image) -> tuple[str, ...]:

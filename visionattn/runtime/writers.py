@@ -12,11 +12,9 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pycocotools import mask as coco_mask
-from torch import Tensor
 
-from ..data.masks import voc_colors
-from .pictures import Patch, draw_classes, draw_label_map, draw_objects, printable
+from .pictures import draw_classes, draw_label_map, draw_objects, printable, voc_colors
+from .rle import area_of, encode
 
 __all__ = ["ClassificationResults", "DetectionResults", "MultilabelResults", "ResultFolder", "Results",
            "SegmentationResults"]
@@ -121,10 +119,10 @@ class ClassificationResults(Results):
         self.names, self.count = names, 0
         self._file: IO[str] | None = None
 
-    def best(self, probabilities: Tensor) -> list[tuple[str, float]]:
+    def best(self, probabilities: np.ndarray) -> list[tuple[str, float]]:
         """The most probable classes of ``probabilities [classes]``, the best first."""
-        values, labels = probabilities.topk(min(_RANKS, len(self.names)))
-        return [(self.names[label], value) for label, value in zip(labels.tolist(), values.tolist(), strict=True)]
+        labels = (-probabilities).argsort(kind="stable")[:_RANKS]
+        return [(self.names[label], float(probabilities[label])) for label in labels]
 
     def write(self, file: str, best: list[tuple[str, float]]) -> None:
         """Adds the row of one image."""
@@ -171,7 +169,7 @@ class MultilabelResults(ClassificationResults):
         super().__init__(folder, names, first)
         self.thresholds = dict(zip(names, thresholds, strict=True))
 
-    def best(self, probabilities: Tensor) -> list[tuple[str, float]]:
+    def best(self, probabilities: np.ndarray) -> list[tuple[str, float]]:
         """All classes with their probabilities."""
         return list(zip(self.names, probabilities.tolist(), strict=True))
 
@@ -231,7 +229,7 @@ class DetectionResults(Results):
                 "score": round(score, 6),
             })
             if "masks" in found:
-                objects[-1]["segmentation"] = _rle(found["masks"][index], height, width)
+                objects[-1]["segmentation"] = encode(found["masks"][index], height, width)
         return {"image": {"id": image_id, "file_name": name, "width": width, "height": height}, "objects": objects}
 
     def write(self, records: dict[str, Any]) -> None:
@@ -247,12 +245,12 @@ class DetectionResults(Results):
             if record["score"] >= self.threshold:
                 self.sure += 1
                 mask = record.get("segmentation")
-                area = float(coco_mask.area(mask)) if mask else round(record["bbox"][2] * record["bbox"][3], 3)
+                area = float(area_of(mask)) if mask else round(record["bbox"][2] * record["bbox"][3], 3)
                 annotations.add({"id": self.sure, "iscrowd": 0, "area": area, **record})
 
     def draw(self, name: str, image: Image.Image, found: dict[str, Any]) -> None:
         """Writes the picture, and the crops, of one image."""
-        shown = (found["scores"] >= self.threshold).nonzero()[:, 0].tolist()
+        shown = np.flatnonzero(found["scores"] >= self.threshold).tolist()
         sure: dict[str, Any] = {key: [value[index] for index in shown] if isinstance(value, list) else value[shown]
                 for key, value in found.items()}
         self.parts["pictures"].save(draw_objects(image, sure, self.names), name)
@@ -313,9 +311,9 @@ class SegmentationResults(Results):
         super().__init__(folder, first)
         self.names, self.count = names, 0
 
-    def draw(self, name: str, image: Image.Image, labels: Tensor) -> Path:
+    def draw(self, name: str, image: Image.Image, labels: np.ndarray) -> Path:
         """Writes the label map ``[H, W]`` (uint8) of one image and its picture; returns the path of the map."""
-        label_map = Image.fromarray(labels.numpy())
+        label_map = Image.fromarray(labels)
         label_map.putpalette([value for color in voc_colors() for value in color])
         self.parts["pictures"].save(draw_label_map(image, label_map, self.names), name)
         self.count += 1
@@ -357,23 +355,6 @@ def _remove(file: IO[str] | None, path: Path) -> None:
     if file is not None:
         file.close()
         _part(path).unlink(missing_ok=True)
-
-
-def _rle(patch: Patch, height: int, width: int) -> dict[str, Any]:
-    """COCO's code of a mask in an image, made from its patch alone, however large the image is."""
-    if not patch.mask.size:
-        ends = np.zeros(0, np.int64)
-    else:
-        columns = np.zeros((patch.mask.shape[1], patch.mask.shape[0] + 2), np.int8)
-        columns[:, 1:-1] = patch.mask.T
-        column, row = np.nonzero(np.diff(columns, axis=1))
-        ends = (patch.left + column) * height + patch.top + row  # where runs begin and end, column by column
-        meeting = np.flatnonzero(ends[1:-1:2] == ends[2::2]) * 2 + 1  # runs that end where the next begins
-        ends = np.delete(ends, np.concatenate([meeting, meeting + 1]))
-    counts = np.diff(np.concatenate([[0], ends, [height * width]])).tolist()
-    counts = counts[:-1] if ends.size and not counts[-1] else counts
-    code = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": code["size"], "counts": code["counts"].decode()}
 
 
 def _cut(name: str, ending: str, number: str = "") -> str:
