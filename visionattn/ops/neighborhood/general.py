@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dispatch import numbers, untraced
 
-__all__ = ["run"]
+__all__ = ["axis_tables", "run"]
 
 _TILE = {1: 32, 2: 8, 3: 4}  # queries of a tile along each axis, by the number of axes
 
@@ -102,21 +102,21 @@ def _cut_axis(
         # The tables are numbers, which a graph holds as they are.
         tile, halo = min(tile, longest), min(halo, longest)
         with untraced():
-            tables = _tables(
+            tables = axis_tables(
                 np, length, kernel_size, dilation, stride, is_causal, tile, halo, -(-longest // tile), offsets)
             tensors: Any = (None if table is None else _on(device, torch.from_numpy(table)) for table in tables)
             return _Cut(*tensors)
     # torch.export takes a size that may be 1 for one that is always 1.
     tiles = torch.sym_max((longest + tile - 1) // tile, 2)
     with device:
-        return _Cut(*_tables(torch, length, kernel_size, dilation, stride, is_causal, tile, halo, tiles, offsets))
+        return _Cut(*axis_tables(torch, length, kernel_size, dilation, stride, is_causal, tile, halo, tiles, offsets))
 
 
 def _on(device: torch.device, table: Tensor) -> Tensor:
     return table if device.type == "cpu" else table.to(device)  # which a graph would hold even where it does nothing
 
 
-def _tables(
+def axis_tables(
         lib: Any, length: int, kernel_size: int, dilation: int, stride: int, is_causal: bool, tile: int, halo: int,
         tiles: int, offsets: bool,
 ) -> tuple[Any, ...]:

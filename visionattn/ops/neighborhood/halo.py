@@ -1,18 +1,19 @@
 """Neighborhood attention in tiles of queries with the halo of their keys: the portable fast path.
 
-Three forms. A window as large as the map is dense attention. On CPU the two-dimensional problem without causal axes
-(and the one-dimensional, as a map of width 1) runs in :mod:`.slab`. Everything else, other devices, exported graphs,
-transforms of torch.func and forward mode run in :mod:`.general`, which consists of standard operators.
+Four forms. A window as large as the map is dense attention. On CPU the two-dimensional problem without causal axes
+(and the one-dimensional, as a map of width 1) runs in :mod:`.slab`. Exported and traced graphs of one map size hold
+:mod:`.exported`. Everything else, other devices, exported graphs of free sizes, transforms of torch.func and forward
+mode run in :mod:`.general`, which consists of standard operators.
 """
 import math
 
 import torch
 from torch import Tensor
 
-from ..dispatch import concrete, exporting, standard_only
+from ..dispatch import concrete, exporting, numbers, standard_only
 from ..kept import keep
 from ..sdpa import sdpa
-from . import general, naive
+from . import exported, general, naive
 from .slab import slab_attention
 
 __all__ = ["run"]
@@ -40,6 +41,10 @@ def run(
         return _run_slab(q, k, v, kernel_size, dilation, stride, bias, scale), None
     arguments = (
         q, k, v, kernel_size, dilation, stride, is_causal, bias, scale, additional_keys, additional_values, return_lse)
+    # A strict export reads Python's code itself, NumPy's and caches included: the general form's is written for it.
+    if exporting() and not torch.compiler.is_dynamo_compiling() and all(
+            isinstance(length, int) for length in numbers(q.shape[1:-2])):
+        return exported.run(*arguments)
     out, lse = general.run(*arguments)
     if concrete(q, k, v) and not math.isfinite(out.detach().sum(dtype=torch.promote_types(q.dtype, torch.float32))):
         return naive.run(*arguments)  # an infinity reaches all queries of its tiles in the general form
