@@ -19,11 +19,12 @@ from torch import Tensor
 from visionattn.cli import main
 from visionattn.data import CsvData, ImageFolderData, VocData, YoloData
 from visionattn.heads import sliding_window
-from visionattn.predict import Predictor
+from visionattn.predictor import Predictor
 from visionattn.runtime.inputs import find_inputs
 from visionattn.runtime.pictures import Patch, draw_classes, draw_label_map, draw_objects, patches
+from visionattn.runtime.prepare import image_size
 from visionattn.runtime.rle import area_of, encode
-from visionattn.tasks.tiles import detect_in_tiles, image_size, label_in_tiles
+from visionattn.runtime.tiles import detect_in_tiles, label_in_tiles
 
 from .data.images import coco_content, truncate, write_classes, write_image, write_mask
 
@@ -131,28 +132,28 @@ def test_results_are_those_of_the_older_form(task, with_settings, runs, tmp_path
     predictor = Predictor(checkpoint, batch_size=3 if task == "classification" else None)
     inputs = find_inputs([str(runs / "inbox")])
     seen = list(predictor(one.file for one in inputs))
-    assert [one.file for one in seen] == [one.file for one in inputs]
+    assert [one.file for one in seen] == [str(one.file) for one in inputs]
     if task == "classification":
         for one, row in zip(seen, rows(older / "predictions.csv"), strict=True):
-            assert one.found.max().item() == pytest.approx(float(row["probability"]), abs=2e-6)
+            assert one.probability == pytest.approx(float(row["probability"]), abs=2e-6)
     elif task == "segmentation":
         for one, named in zip(seen, inputs, strict=True):
             with Image.open(older / "predictions" / f"{named.stem}.png") as label_map:
-                assert np.array_equal(np.asarray(label_map), one.found)
+                assert np.array_equal(np.asarray(label_map), one.labels)
     else:
         records = json.loads((older / "predictions.json").read_text())
         assert len(records) > 10
         found = [(named.name, one, index) for one, named in zip(seen, inputs, strict=True)
-                 for index in range(len(one.found["labels"]))]
+                 for index in range(len(one))]
         assert len(found) == len(records)
         for (name, one, index), record in zip(found, records, strict=True):
-            left, top, right, bottom = one.found["boxes"][index].tolist()
+            left, top, right, bottom = one.boxes[index].tolist()
             assert name == record["file_name"]
             assert [left, top, right - left, bottom - top] == pytest.approx(record["bbox"], abs=1e-3)
-            assert one.found["scores"][index].item() == pytest.approx(record["score"], abs=1e-6)
-            assert {1: 12, 2: 30}[one.found["labels"][index].item()] == record["category_id"]
+            assert one.scores[index].item() == pytest.approx(record["score"], abs=1e-6)
+            assert {1: 12, 2: 30}[one.labels[index].item()] == record["category_id"]
             mask = np.zeros(one.image.size[::-1], bool)
-            patch = one.found["masks"][index]
+            patch = one.masks[index]
             mask[patch.top:, patch.left:][:patch.mask.shape[0], :patch.mask.shape[1]] = patch.mask
             assert np.array_equal(mask, coco_mask.decode(record["segmentation"]))
 
@@ -382,8 +383,8 @@ def test_threshold_and_tiles_of_a_detector(runs, tmp_path):
     assert counts[1] > counts[2] > counts[0]
 
 
-@pytest.mark.parametrize("tensor", [False, True])
-def test_tiles_find_what_is_in_the_image(tensor):
+@pytest.mark.parametrize("array", [False, True])
+def test_tiles_find_what_is_in_the_image(array):
     """Of an exact detector of squares, each of its own grey: every square once, whole, with its mask."""
     squares = {10: (5, 5, 25), 20: (58, 40, 20), 30: (130, 90, 18), 40: (20, 100, 60)}  # left, top, side
     image = Image.new("L", (200, 170))
@@ -395,28 +396,28 @@ def test_tiles_find_what_is_in_the_image(tensor):
         found = []
         for one in images:
             seen.append(image_size(one))
-            pixels = one[0].numpy() if isinstance(one, Tensor) else np.asarray(one)
+            pixels = one[0] if isinstance(one, np.ndarray) else np.asarray(one)
             masks = [pixels == grey for grey in squares if (pixels == grey).sum() > 20]
             parts = patches(np.array(masks).reshape(-1, *pixels.shape))
             boxes = [[part.left, part.top, part.left + part.mask.shape[1], part.top + part.mask.shape[0]]
                      for part in parts]
             found.append({
-                "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-                "labels": torch.ones(len(parts), dtype=torch.int64), "scores": torch.full((len(parts),), 0.9),
+                "boxes": np.array(boxes, np.float32).reshape(-1, 4),
+                "labels": np.ones(len(parts), np.int64), "scores": np.full(len(parts), 0.9, np.float32),
                 "masks": parts})
         return found
 
-    if tensor:  # as of images of other channels than three
-        image = torch.from_numpy(np.array(image))[None].expand(5, -1, -1)
+    if array:  # as of images of other channels than three
+        image = np.array(image)[None].repeat(5, 0)
     found = detect_in_tiles(detect, image, 64, 4, (100, 85))
     assert seen.count((64, 64)) == len(seen) - 1  # and all of it, smaller
     expected = sorted([left, top, left + side, top + side] for left, top, side in squares.values())
-    assert torch.allclose(torch.tensor(sorted(found["boxes"].tolist())), torch.tensor(expected).float(), atol=2)
+    assert np.allclose(sorted(found["boxes"].tolist()), expected, atol=2)
     for box, patch in zip(found["boxes"].tolist(), found["masks"], strict=True):
         assert (patch.left, patch.top) == pytest.approx(box[:2], abs=1)
         assert patch.mask.all()
     assert len(detect_in_tiles(detect, image, 200, 4, (100, 85))["labels"]) == 4
-    nothing = torch.zeros(5, 170, 200, dtype=torch.uint8) if tensor else Image.new("L", (200, 170))
+    nothing = np.zeros((5, 170, 200), np.uint8) if array else Image.new("L", (200, 170))
     empty = detect_in_tiles(detect, nothing, 64, 4, (100, 85))
     assert (len(empty["boxes"]), empty["masks"]) == (0, [])
 
@@ -431,12 +432,13 @@ def test_tiles_of_label_maps_are_windows(size):
         return images - images.mean(dim=(2, 3), keepdim=True)  # depends on the window
 
     def infer(images):
-        return logits(torch.stack([torch.from_numpy(np.array(one)).movedim(-1, 0).float() for one in images]))
+        return logits(torch.stack([torch.from_numpy(np.array(one)).movedim(-1, 0).float() for one in images])).numpy()
 
     whole = torch.from_numpy(np.array(image)).movedim(-1, 0).float()[None]
     expected = sliding_window(logits, whole, 64, 48).argmax(dim=1)[0]
-    assert torch.equal(label_in_tiles(infer, image, 64, 3).long(), expected)
-    assert torch.equal(label_in_tiles(lambda tiles: logits(torch.stack(tiles)), whole[0], 64, 3).long(), expected)
+    assert np.array_equal(label_in_tiles(infer, image, 64, 3), expected)
+    assert np.array_equal(label_in_tiles(
+        lambda tiles: logits(torch.from_numpy(np.stack(tiles))).numpy(), whole[0].numpy(), 64, 3), expected)
 
 
 def test_tiles_of_a_segmenter(runs, tmp_path):

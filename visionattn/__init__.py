@@ -8,9 +8,12 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__", "models", "train"]
+if TYPE_CHECKING:
+    from .predictor import Predictor
+
+__all__ = ["Predictor", "__version__", "models", "train"]
 
 
 def train(folder: str | Path, model: str | None = None, task: str | None = None, **options: Any) -> Any:
@@ -80,6 +83,8 @@ if not _runs_the_command():
 
 def __getattr__(name: str) -> Any:
     """What is imported when it is asked for."""
+    if name == "Predictor":
+        return import_module(f"{__name__}.predictor").Predictor
     if name == "models":
         try:
             return import_module(f"{__name__}.models")

@@ -13,12 +13,13 @@ import safetensors.torch
 import timm
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from . import models  # noqa: F401  (registers the zoo in timm)
 from .models._builder import allow_options
 
-__all__ = ["check_name", "fitting", "read_checkpoint", "timm_model"]
+__all__ = ["check_name", "fitting", "imagenet_names", "read_checkpoint", "timm_model"]
 
 
 def check_name(name: str) -> None:
@@ -41,6 +42,18 @@ def timm_model(name: str, drop_path_rate: float | None = None, **args: Any) -> A
             rank_zero_info(f"{name} has no stochastic depth: drop_path_rate ({drop_path_rate}) is left out.")
             return timm_model(name, **args)
         raise ValueError(f"{name} does not take these model_args: {error}") from error
+
+
+def imagenet_names(model: Any) -> list[str]:
+    """Names of the classes of a model that has ImageNet's, by timm's tables; of others nothing."""
+    classes = getattr(model, "num_classes", 0)
+    if not classes or classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
+        return []
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return []
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(label) for label in range(classes)]
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class DigitScenesData(LoadedData):
         self.task, self.image_size, self.masks = task, image_size, masks
         self.digits, self.digit_size = digits, digit_size
         self.scenes = {"train": train_scenes, "val": val_scenes, "test": test_scenes}
-        self.image_settings = dict(short_side=None, max_size=None)
+        self.image_settings = dict(short_side=None, max_size=None, image_size=image_size)
         self.class_names = [str(digit) for digit in range(10)]
         if task == "detection":
             self.category_ids = list(range(1, 11))

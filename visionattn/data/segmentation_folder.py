@@ -185,7 +185,8 @@ class SegmentationFolderData(LoadedData):
             raise ValueError("mask_values and mask_colors were both given; masks have either")
         self.decoding, self.in_chans = Decoding(value_range, max_pixels, in_chans).check(), in_chans
         self.stored = orientation == "stored"
-        self.image_settings = dict(short_side=short_side, max_size=max_size, decoding=self.decoding._asdict())
+        self.image_settings = dict(
+            short_side=short_side, max_size=max_size, crop_size=crop_size, decoding=self.decoding._asdict())
         self.names = Names(image_name, mask_name).check()
         if layout == "plain":
             self.folders = find_folders(self.root, image_folder, mask_folder, bool(class_names))

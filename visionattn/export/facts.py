@@ -10,6 +10,7 @@ from .. import __version__
 from ..dense import DenseBackbone
 from ..heads import Segmenter
 from ..heads.detector import DETECTORS
+from ..weights import imagenet_names
 
 __all__ = ["describe", "facts", "timm_model", "weights_sha256"]
 
@@ -44,12 +45,15 @@ def facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     found["resize"] = _resize(model, found["task"], size, settings, config)
     if settings.get("decoding"):
         found["decoding"] = settings["decoding"]
-    if run.get("class_names"):
-        found["class_names"] = run["class_names"]
+    names = _class_names(model, run, found["task"])
+    if names:
+        found["class_names"] = names
     if run.get("multi_label"):
         found |= {"multi_label": True, "thresholds": run.get("_thresholds")}
     if found["task"] == "detection":
         found |= _selection(model)
+        if "picture_score" in run:
+            found["picture_score"] = run["picture_score"]
         if run.get("_category_ids"):
             found["category_ids"] = list(run["_category_ids"])
     return found
@@ -112,6 +116,15 @@ def _task(model: Any) -> str:
     if isinstance(model, tuple(DETECTORS.values())):
         return "detection"
     return "classification" if getattr(model, "num_classes", 0) else "features"
+
+
+def _class_names(model: Any, run: dict[str, Any], task: str) -> list[str]:
+    """A run's own names, ImageNet's of a published model, or the numbers of a detector's labels."""
+    if run.get("class_names"):
+        return list(run["class_names"])
+    if run and task == "detection":
+        return [str(label) for label in range(1, 1 + run["num_classes"])]
+    return [] if run or task != "classification" else imagenet_names(model)
 
 
 def _resize(

@@ -175,13 +175,15 @@ def _maps_or_logits(
 
 
 def _image_shape(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model was made for."""
+    """Channels, height and width of the images that a model was made for, or its run validated on."""
+    settings = getattr(model, "run", {}).get("_image_settings") or {}
     model = timm_model(model)
     channels, height, width = model.pretrained_cfg["input_size"]
     inner = getattr(model, "model", model)  # of what timm wraps for features
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
     channels = getattr(inner, "in_chans", first.in_channels if first else channels)
     made_for = getattr(inner, "img_size", None) or getattr(getattr(inner, "patch_embed", None), "img_size", None)
+    made_for = settings.get("image_size") or made_for or settings.get("short_side") or settings.get("crop_size")
     return channels, *(to_2tuple(made_for) if made_for else (height, width))
 
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ..dense import DenseBackbone
+from ..runtime.tiles import window_starts
 from .blocks import resize
 from .segformer import SegFormerHead
 from .semantic_fpn import SemanticFPNHead
 from .upernet import FCNHead, UPerNetHead
 
-__all__ = ["Segmenter", "multi_scale", "sliding_window", "window_starts"]
+__all__ = ["Segmenter", "multi_scale", "sliding_window"]
 
 
 class Segmenter(nn.Module):
@@ -129,9 +130,3 @@ def multi_scale(
             return logits
         total = total + logits.float().softmax(dim=1)
     return (total / len(views)).clamp(min=1e-12).log()
-
-
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side of ``length`` pixels; the last one is moved back to end where the side does."""
-    last = max(length - window, 0)
-    return [*range(0, last, stride), last]

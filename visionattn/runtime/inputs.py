@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from .folders import EXTENSIONS, find_images, is_image
 from .say import say
+from .video import webcam_of
 
 __all__ = ["Input", "find_inputs"]
 
@@ -33,7 +34,7 @@ def find_inputs(arguments: Sequence[str], without: Iterable[Path] = ()) -> list[
     Args:
         arguments: Each a file (of any name), a folder (its images at any depth), a pattern such as ``inbox/**/*.jpg``,
             a list of files (``.txt``: one a line, relative to the current folder or to the list's), or ``-``: such a
-            list from the standard input. Lists may part names by NUL, as ``find -print0`` does, for names with line
+            list from the standard input; or a webcam. Lists may part names by NUL, as ``find -print0`` does, for names with line
             breaks.
         without: Files, and folders whose images, are left out, which is said: those of results.
 
@@ -45,7 +46,9 @@ def find_inputs(arguments: Sequence[str], without: Iterable[Path] = ()) -> list[
     tops: list[Path] = []  # the folders that names are relative to, unless they have one in common
     for argument in arguments:
         path = Path(argument)
-        if argument == "-":
+        if webcam_of(argument) is not None:
+            found = [path]
+        elif argument == "-":
             found = _listed(sys.stdin.buffer.read(), Path())
         elif path.is_dir():
             found = find_images(path)

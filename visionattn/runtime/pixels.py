@@ -131,6 +131,59 @@ class Decoding(NamedTuple):
         planes = np.ascontiguousarray(shares.transpose(2, 0, 1))
         return _bytes(planes) if self.channels == 3 else planes
 
+    def picture(self, image: Image.Image) -> Image.Image | np.ndarray:
+        """A picture in memory as the image of a model, as if it were read: in RGB, or ``[channels, H, W]`` in [0, 1].
+
+        Raises:
+            ValueError: It has no pixels, too many, or other channels.
+        """
+        width, height = image.size
+        if not width * height:
+            raise ValueError(f"it has {width} x {height} pixels")
+        if width * height > self.max_pixels:
+            raise ValueError(f"it has {width} x {height} pixels, more than max_pixels ({self.max_pixels}) allows")
+        try:
+            if self.channels == 3:
+                tag = tag_of(image)
+                return turned(self._rgb(image), tag)
+            shares = self._shares(self._values(image))
+        except Exception as error:  # whatever a damaged file makes a decoder raise
+            raise ValueError(reason_of(error, Path())) from error
+        return np.ascontiguousarray(shares.transpose(2, 0, 1))
+
+    def values(self, array: np.ndarray) -> Image.Image | np.ndarray:
+        """The same of an array ``[height, width, channels]`` or, of one channel or in grey, ``[height, width]``.
+
+        uint8 is 0 to 255, other numbers are what ``value_range`` says: floating-point ones 0 to 1.
+
+        Raises:
+            ValueError: It is no such array; the message says what would be.
+        """
+        given = f"{' x '.join(map(str, array.shape)) or 'no axis'} {array.dtype}"
+        values = array[..., None] if array.ndim == 2 else array
+        channels = values.shape[-1] if values.ndim == 3 else 0
+        if self.channels == 3 and channels == 1:
+            values = values.repeat(3, -1)
+        elif channels != self.channels:
+            hint = ""
+            if values.ndim == 3 and values.shape[0] == self.channels:
+                hint = "; channels come last"
+            raise ValueError(f"it is an array of {given}, not of height x width x {self.channels}{hint}")
+        if not values.size:
+            raise ValueError(f"it is an array of {given}, which has no pixels")
+        if values.shape[0] * values.shape[1] > self.max_pixels:
+            raise ValueError(f"it is an array of {given}, more pixels than max_pixels ({self.max_pixels}) allows")
+        if values.dtype.kind not in "buif":
+            raise ValueError(f"it is an array of {given}; uint8, or floating-point numbers from 0 to 1, were expected")
+        if self.channels == 3 and values.dtype == np.uint8:
+            return Image.fromarray(np.ascontiguousarray(values))
+        if values.dtype == np.float16:
+            values = values.astype(np.float32)
+        shares = self._shares(values)
+        if self.channels == 3:
+            return Image.fromarray((shares * 255).round().astype(np.uint8))
+        return np.ascontiguousarray(shares.transpose(2, 0, 1))
+
     def open(self, file: Path) -> Image.Image:
         """The image with its header read, the pixels not yet; raises what Pillow raises, or a ValueError."""
         if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own bound, for the process, never below ours

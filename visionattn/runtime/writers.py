@@ -13,11 +13,14 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .engine import Meaning
+from .inputs import Input
 from .pictures import draw_classes, draw_label_map, draw_objects, printable, voc_colors
-from .rle import area_of, encode
+from .results import coco_records
+from .rle import area_of
 
 __all__ = ["ClassificationResults", "DetectionResults", "MultilabelResults", "ResultFolder", "Results",
-           "SegmentationResults"]
+           "SegmentationResults", "open_results"]
 
 _MARK = ("Software", "visionattn predict")  # in the files that are written here, so that no others are removed
 _LONGEST = 255  # bytes of a file's name
@@ -95,6 +98,10 @@ class Results:
                 part.clear()
 
     @abstractmethod
+    def add(self, number: int, named: Input, result: Any) -> None:
+        """Writes and draws the result of the ``number``-th image (from 1 on)."""
+
+    @abstractmethod
     def close(self) -> str:
         """Completes the files and says what is where."""
 
@@ -123,6 +130,12 @@ class ClassificationResults(Results):
         """The most probable classes of ``probabilities [classes]``, the best first."""
         labels = (-probabilities).argsort(kind="stable")[:_RANKS]
         return [(self.names[label], float(probabilities[label])) for label in labels]
+
+    def add(self, number: int, named: Input, result: Any) -> None:
+        """Writes the row and the picture of one image."""
+        best = self.best(result.probabilities)
+        self.write(str(named.file), best)
+        self.draw(named.stem, result.image, best)
 
     def write(self, file: str, best: list[tuple[str, float]]) -> None:
         """Adds the row of one image."""
@@ -214,22 +227,16 @@ class DetectionResults(Results):
         self.count = self.sure = self.images = 0
         self._json: list[_JSONList] = []
 
+    def add(self, number: int, named: Input, result: Any) -> None:
+        """Writes the records, the picture and the crops of one image."""
+        found = result.found()
+        self.write(self.records(number, named.name, found, (result.image.height, result.image.width)))
+        self.draw(named.stem, result.image, found)
+
     def records(self, image_id: int | str, name: str, found: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
         """What is written of one image of ``size`` (height, width) with the objects that were ``found``."""
         height, width = (int(side) for side in size)
-        objects = []
-        for index, ((x1, y1, x2, y2), score, label) in enumerate(zip(
-                found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)):
-            objects.append({
-                "image_id": image_id,
-                "file_name": name,
-                "category_id": self.category_ids[label - 1],
-                "category_name": self.names[label - 1],
-                "bbox": [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)],
-                "score": round(score, 6),
-            })
-            if "masks" in found:
-                objects[-1]["segmentation"] = encode(found["masks"][index], height, width)
+        objects = coco_records(image_id, name, found, size, self.names, self.category_ids)
         return {"image": {"id": image_id, "file_name": name, "width": width, "height": height}, "objects": objects}
 
     def write(self, records: dict[str, Any]) -> None:
@@ -311,6 +318,10 @@ class SegmentationResults(Results):
         super().__init__(folder, first)
         self.names, self.count = names, 0
 
+    def add(self, number: int, named: Input, result: Any) -> None:
+        """Writes the label map and the picture of one image."""
+        self.draw(named.stem, result.image, result.labels)
+
     def draw(self, name: str, image: Image.Image, labels: np.ndarray) -> Path:
         """Writes the label map ``[H, W]`` (uint8) of one image and its picture; returns the path of the map."""
         label_map = Image.fromarray(labels)
@@ -322,6 +333,40 @@ class SegmentationResults(Results):
     def close(self) -> str:
         """Nothing is left to complete."""
         return f"Label maps are in {self.folder / 'predictions'}, pictures in {self.folder / 'pictures'}"
+
+
+def open_results(
+        meaning: Meaning, folder: Path, threshold: float | None = None, crops: bool = False,
+        first: bool = True) -> Results:
+    """Begins the results of a prediction in ``folder`` and removes those of an earlier one there.
+
+    Args:
+        meaning: Of the model's answers.
+        folder: Where they go.
+        threshold: Least score of what is drawn, or of the classes of a multi-label image; None for the model's own.
+        crops: Cut out what was found.
+        first: Whether this process is the one that removes and writes.
+
+    Raises:
+        ValueError: The task has no such results, or a file there is not of a prediction.
+    """
+    if meaning.task == "detection":
+        least = meaning.picture_score if threshold is None else threshold
+        return DetectionResults(folder, meaning.names, meaning.category_ids, least, crops, first)
+    if meaning.task == "segmentation":
+        if threshold is not None or crops:
+            raise ValueError("segmentation gives every pixel its label: leave threshold and crops out")
+        return SegmentationResults(folder, meaning.names, first)
+    if meaning.task != "classification":
+        raise ValueError("the model has no classes, only features: see visionattn embed")
+    if crops:
+        raise ValueError("a classifier finds nothing to cut out: leave crops out")
+    if meaning.thresholds is not None:
+        limits = meaning.thresholds if threshold is None else [threshold] * len(meaning.names)
+        return MultilabelResults(folder, meaning.names, limits, first)
+    if threshold is not None:
+        raise ValueError("a classifier gives every image its most probable class: leave threshold out")
+    return ClassificationResults(folder, meaning.names, first)
 
 
 class _JSONList:

@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ..runtime.engine import Meaning
 from ..runtime.say import say
-from ..runtime.writers import Results
+from ..runtime.writers import open_results
 from .findings import Findings, Mistakes
 from .freezing import Freezing
 from .run_folder import Moved, relocated
@@ -85,20 +86,15 @@ class Task(pl.LightningModule):
                 moved = Moved(str(state["dirpath"]), Path(str(saver.dirpath)))
                 checkpoint["callbacks"][saver.state_key] = relocated(state, moved)
 
+    @property
     @abstractmethod
+    def meaning(self) -> Meaning:
+        """What the model's answers mean."""
+
     def open_results(
-            self, folder: Path, threshold: float | None = None, crops: bool = False, first: bool = True) -> Results:
-        """Begins the results of a prediction in ``folder`` and removes those of an earlier one there.
-
-        Args:
-            folder: Where they go.
-            threshold: Least score of what is drawn; None for the task's own.
-            crops: Cut out what was found.
-            first: Whether this process is the one that removes and writes.
-
-        Raises:
-            ValueError: The task has no such results.
-        """
+            self, folder: Path, threshold: float | None = None, crops: bool = False, first: bool = True) -> Any:
+        """Begins the results of a prediction (:func:`visionattn.runtime.writers.open_results`)."""
+        return open_results(self.meaning, folder, threshold, crops, first)
 
     def on_test_start(self) -> None:
         """Begins to look for the worst mistakes."""

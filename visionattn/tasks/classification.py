@@ -14,8 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from ..layers import auxiliary_losses
+from ..runtime.engine import Meaning
 from ..runtime.say import say
-from ..runtime.writers import ClassificationResults, MultilabelResults
 from ..weights import check_name, fitting, read_checkpoint, timm_model
 from .base import Task, check_arguments
 from .calibration import SingleLabelCounts
@@ -244,18 +244,10 @@ class ClassificationTask(Task):
         self.write_test_metrics(metrics)
         self.write_findings(findings)
 
-    def open_results(
-            self, folder: Path, threshold: float | None = None, crops: bool = False,
-            first: bool = True) -> ClassificationResults:
-        """Begins ``predictions.csv`` and ``pictures``; a threshold is for multi-label classes, for all of them."""
-        if crops:
-            raise ValueError("a classifier finds nothing to cut out: leave crops out")
-        if self.args.multi_label:
-            thresholds = self.thresholds if threshold is None else [threshold] * len(self.names)
-            return MultilabelResults(folder, self.names, thresholds, first)
-        if threshold is not None:
-            raise ValueError("a classifier gives every image its most probable class: leave threshold out")
-        return ClassificationResults(folder, self.names, first)
+    @property
+    def meaning(self) -> Meaning:
+        """Names of the classes and, of multi-label ones, their thresholds."""
+        return Meaning("classification", self.names, list(self.thresholds) if self.args.multi_label else None)
 
     def predict_step(self, batch: tuple[Tensor, list[str]]) -> Tensor:
         """Probabilities ``[B, classes]`` of one batch of images with their names."""

@@ -2,7 +2,6 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +17,9 @@ from torchvision.models.detection.transform import resize_boxes
 from ..dense import DenseBackbone
 from ..heads.detector import build_detector
 from ..layers.auxiliary import auxiliary_losses
+from ..runtime.engine import Meaning
 from ..runtime.pictures import patches
 from ..runtime.pixels import picture_of
-from ..runtime.writers import DetectionResults
 from .base import Task, check_arguments
 from .findings import Findings, Sums, class_rows
 from .freezing import Freezing, check_unfreezing
@@ -216,17 +215,12 @@ class DetectionTask(Task):
         })
         self.num_tested.reset()
 
-    def open_results(
-            self, folder: Path, threshold: float | None = None, crops: bool = False,
-            first: bool = True) -> DetectionResults:
-        """Begins ``predictions.json``, ``predictions_coco.json``, ``pictures`` and, if asked for, ``crops``.
-
-        A detection is drawn whose score is ``threshold`` or more, ``picture_score`` if it is None.
-        """
+    @property
+    def meaning(self) -> Meaning:
+        """Names of the classes, their numbers in files and the score from which on objects are drawn."""
         ids = getattr(getattr(self._trainer, "datamodule", None), "category_ids", None) or self.category_ids
-        least = self.args.picture_score if threshold is None else threshold
-        return DetectionResults(
-            folder, self.names, ids or range(1, 1 + self.args.num_classes), least, crops, first)
+        return Meaning("detection", self.names, category_ids=ids or range(1, 1 + self.args.num_classes),
+                       picture_score=self.args.picture_score)
 
     def predict_step(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Draws the detections of one batch and keeps them for the JSON; returns them in pixels of the files."""

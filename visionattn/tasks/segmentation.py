@@ -19,9 +19,9 @@ from ..dense import DenseBackbone
 from ..heads.blocks import resize
 from ..heads.segmenter import Segmenter, multi_scale, sliding_window
 from ..layers.auxiliary import auxiliary_losses
+from ..runtime.engine import Meaning
 from ..runtime.pictures import voc_colors
 from ..runtime.pixels import picture_of
-from ..runtime.writers import SegmentationResults
 from .base import Task, check_arguments
 from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
@@ -253,13 +253,10 @@ class SegmentationTask(Task):
             names, confusion, "Test pixels by class", classes, self.mistakes,
             "The test images with the lowest mean IoU: the image, the truth, the prediction"))
 
-    def open_results(
-            self, folder: Path, threshold: float | None = None, crops: bool = False,
-            first: bool = True) -> SegmentationResults:
-        """Begins ``predictions`` and ``pictures``; there is neither a threshold nor anything to cut out."""
-        if threshold is not None or crops:
-            raise ValueError("segmentation gives every pixel its label: leave threshold and crops out")
-        return SegmentationResults(folder, self.names, first)
+    @property
+    def meaning(self) -> Meaning:
+        """Names of the classes."""
+        return Meaning("segmentation", self.names)
 
     def predict_step(self, batch: tuple[Tensor, list[str], Tensor]) -> list[Path]:
         """Writes the label maps and pictures of one batch and returns the label maps' paths."""

@@ -1,26 +1,22 @@
-"""Images too large to be seen at once: seen in square tiles that overlap by a quarter, whose results are merged."""
-from collections.abc import Callable, Sequence
+"""Images too large to be seen at once: seen in tiles that overlap by a quarter, whose results are merged."""
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.ops import batched_nms
-from torchvision.transforms.v2 import functional as F
 
-from ..heads.segmenter import window_starts
-from ..runtime.pictures import Patch
+from .pictures import Patch
+from .prepare import AnyImage, fitted, image_size
 
-__all__ = ["detect_in_tiles", "image_size", "label_in_tiles"]
+__all__ = ["detect_in_tiles", "label_in_tiles", "logits_in_tiles", "window_starts"]
 
 SAME = 0.5  # intersection over union from which two detections of a class are of one object
 PIECE = 0.7  # share of a detection that lies in a larger one, of which it is then a piece
 EDGE = 2  # pixels: what is so near to an edge within the image was cut there
 
-AnyImage: TypeAlias = Image.Image | Tensor  # [C, H, W]
 Detect = Callable[[list[Any]], list[dict[str, Any]]]
+Infer = Callable[[list[Any]], np.ndarray]
 
 
 class _Tile(NamedTuple):
@@ -48,7 +44,7 @@ def detect_in_tiles(
         Detections in pixels of the image, best first.
     """
     size = image_size(image)
-    tiles = _tiles(size, side)
+    tiles = _tiles(size, (side, side))
     if len(tiles) == 1:
         return detect([image])[0]
     parts = []
@@ -56,42 +52,52 @@ def detect_in_tiles(
         batch = tiles[start:start + batch_size]
         parts += [_moved(found, tile, size) for tile, found in zip(
             batch, detect([_crop(image, tile) for tile in batch]), strict=True)]
-    found, = detect([image if whole == size else _resized(image, whole)])
+    found, = detect([image if whole == size else _smaller(image, whole)])
     found = _zoomed(found, size, whole)
-    large = (found["boxes"][:, 2:] - found["boxes"][:, :2]).amax(dim=1) > side // 4
-    parts.append(_select(found | {"cut": torch.zeros(len(large), dtype=torch.bool)}, large.nonzero()[:, 0]))
+    large = (found["boxes"][:, 2:] - found["boxes"][:, :2]).max(axis=1, initial=0) > side // 4
+    parts.append(_select(found | {"cut": np.zeros(len(large), bool)}, np.flatnonzero(large)))
     merged = _joined(parts)
-    merged = _select(merged, (~_pieces(merged)).nonzero()[:, 0])
-    merged = _select(merged, batched_nms(merged["boxes"], merged["scores"], merged["labels"], SAME))
+    merged = _select(merged, np.flatnonzero(~_pieces(merged)))
+    merged = _select(merged, _best(merged))
     del merged["cut"]
     return merged
 
 
-def label_in_tiles(
-        infer: Callable[[list[Any]], Tensor], image: AnyImage, side: int, batch_size: int) -> Tensor:
+def label_in_tiles(infer: Infer, image: AnyImage, side: int | tuple[int, int], batch_size: int) -> np.ndarray:
     """The label map of a large image by the mean logits of its tiles; no more than a row of them is kept.
 
     Args:
         infer: Takes images of one size to logits ``[B, classes, H, W]`` of that size.
         image: The image, of Pillow or ``[C, H, W]``.
-        side: Of the tiles, in pixels.
+        side: Of the tiles, in pixels; or their width and height.
         batch_size: Tiles that are looked at at once.
 
     Returns:
         Labels ``[H, W]`` uint8.
     """
+    bands = logits_in_tiles(infer, image, side, batch_size)
+    return np.concatenate([band.argmax(axis=0).astype(np.uint8) for band in bands])
+
+
+def logits_in_tiles(
+        infer: Infer, image: AnyImage, side: int | tuple[int, int], batch_size: int) -> Iterator[np.ndarray]:
+    """Sums of the logits of an image's tiles ``[classes, rows, W]``, band by band from the top.
+
+    All logits of a pixel were added equally often, so that sums decide as means would. The arguments are those of
+    :func:`label_in_tiles`.
+    """
     width, height = image_size(image)
-    labels = torch.empty(height, width, dtype=torch.uint8)
-    rows = [list(row) for _, row in groupby(_tiles((width, height), side), key=lambda tile: tile.top)]
-    kept, first = torch.zeros(0), 0  # sums of logits from the row ``first`` of pixels on
+    tiles = _tiles((width, height), (side, side) if isinstance(side, int) else side)
+    rows = [list(row) for _, row in groupby(tiles, key=lambda tile: tile.top)]
+    kept, first = np.zeros(0, np.float32), 0  # sums of logits from the row ``first`` of pixels on
     for index, row in enumerate(rows):
         top, bottom = row[0].top, row[0].bottom
-        sums = torch.zeros(0)
+        sums = np.zeros(0, np.float32)
         for start in range(0, len(row), batch_size):
             batch = row[start:start + batch_size]
-            logits = infer([_crop(image, tile) for tile in batch]).float().cpu()
+            logits = infer([_crop(image, tile) for tile in batch])
             if not sums.ndim > 1:
-                sums = torch.zeros(logits.shape[1], bottom - top, width)
+                sums = np.zeros((logits.shape[1], bottom - top, width), np.float32)
             for tile, one in zip(batch, logits, strict=True):
                 sums[:, :, tile.left:tile.right] += one
         if index:
@@ -99,14 +105,13 @@ def label_in_tiles(
             sums[:, :above.shape[1]] += above
         kept, first = sums, top
         end = rows[index + 1][0].top if index + 1 < len(rows) else bottom
-        # All labels of a pixel were added equally often, so that sums decide as means would.
-        labels[top:end] = kept[:, :end - top].argmax(dim=0)
-    return labels
+        yield kept[:, :end - top]
 
 
-def image_size(image: AnyImage) -> tuple[int, int]:
-    """Width and height of an image, in pixels."""
-    return image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side of ``length`` pixels; the last one is moved back to end where the side does."""
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]
 
 
 def _crop(image: AnyImage, tile: _Tile) -> AnyImage:
@@ -115,26 +120,27 @@ def _crop(image: AnyImage, tile: _Tile) -> AnyImage:
     return image[:, tile.top:tile.bottom, tile.left:tile.right]
 
 
-def _resized(image: AnyImage, size: tuple[int, int]) -> AnyImage:
+def _smaller(image: AnyImage, size: tuple[int, int]) -> AnyImage:
     if isinstance(image, Image.Image):
         return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3)
-    return F.resize(image, [size[1], size[0]], antialias=True)
+    return fitted(image, size)
 
 
-def _tiles(size: tuple[int, int], side: int) -> list[_Tile]:
+def _tiles(size: tuple[int, int], sides: tuple[int, int]) -> list[_Tile]:
     """Tiles of an image of ``size`` (width, height), row by row."""
-    width, height = size
-    stride = max(1, side - side // 4)
-    return [_Tile(left, top, min(left + side, width), min(top + side, height))
-            for top in dict.fromkeys(window_starts(height, side, stride))
-            for left in dict.fromkeys(window_starts(width, side, stride))]
+    columns, rows = (
+        list(dict.fromkeys(window_starts(length, side, max(1, side - side // 4))))
+        for length, side in zip(size, sides, strict=True))
+    return [_Tile(left, top, min(left + sides[0], size[0]), min(top + sides[1], size[1]))
+            for top in rows for left in columns]
 
 
 def _moved(found: dict[str, Any], tile: _Tile, size: tuple[int, int]) -> dict[str, Any]:
     """A tile's detections in pixels of the image, and whether an edge within the image ``cut`` them."""
-    boxes = found["boxes"] + torch.tensor([tile.left, tile.top] * 2)
-    inside = torch.tensor([tile.left > 0, tile.top > 0, tile.right < size[0], tile.bottom < size[1]])
-    moved = found | {"boxes": boxes, "cut": (((boxes - torch.tensor(tile)).abs() <= EDGE) & inside).any(dim=1)}
+    boxes = found["boxes"] + np.array([tile.left, tile.top] * 2, np.float32)
+    inside = np.array([tile.left > 0, tile.top > 0, tile.right < size[0], tile.bottom < size[1]])
+    cut = ((np.abs(boxes - np.array(tile, np.float32)) <= EDGE) & inside).any(axis=1)
+    moved = found | {"boxes": boxes, "cut": cut}
     if "masks" in found:
         moved["masks"] = [Patch(mask, left + tile.left, top + tile.top) for mask, left, top in found["masks"]]
     return moved
@@ -145,7 +151,7 @@ def _zoomed(found: dict[str, Any], size: tuple[int, int], of: tuple[int, int]) -
     if size == of:
         return found
     across, down = (now / then for now, then in zip(size, of, strict=True))
-    zoomed = found | {"boxes": found["boxes"] * torch.tensor([across, down] * 2)}
+    zoomed = found | {"boxes": found["boxes"] * np.array([across, down] * 2, np.float32)}
     if "masks" in found:
         zoomed["masks"] = [_zoomed_patch(patch, across, down) for patch in found["masks"]]
     return zoomed
@@ -160,28 +166,47 @@ def _zoomed_patch(patch: Patch, across: float, down: float) -> Patch:
     return Patch(np.asarray(Image.fromarray(patch.mask).resize(shape, Image.Resampling.NEAREST)), left, top)
 
 
-def _pieces(found: dict[str, Any]) -> Tensor:
+def _pieces(found: dict[str, Any]) -> np.ndarray:
     """Which detections were cut by an edge and lie mostly in one of their class that was not, and is sure enough."""
     boxes, cut = found["boxes"], found["cut"]
-    pieces = torch.zeros(len(boxes), dtype=torch.bool)
-    whole = (~cut).nonzero()[:, 0]
+    pieces = np.zeros(len(boxes), bool)
+    whole = np.flatnonzero(~cut)
     if not len(whole):
         return pieces
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).clamp(min=1e-6)
-    for index in cut.nonzero()[:, 0].tolist():
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).clip(min=1e-6)
+    for index in np.flatnonzero(cut).tolist():
         others = whole[(found["labels"][whole] == found["labels"][index])
                        & (found["scores"][whole] >= found["scores"][index] / 2)]
-        shared = (torch.minimum(boxes[others, 2:], boxes[index, 2:])
-                  - torch.maximum(boxes[others, :2], boxes[index, :2])).clamp(min=0).prod(dim=1)
-        pieces[index] = bool((shared > PIECE * areas[index]).any())
+        pieces[index] = bool((_shared(boxes[others], boxes[index]) > PIECE * areas[index]).any())
     return pieces
+
+
+def _best(found: dict[str, Any]) -> np.ndarray:
+    """Detections of which no better one of their class has half of the union, best first (non-maximum suppression)."""
+    boxes, labels = found["boxes"], found["labels"]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    left = (-found["scores"]).argsort(kind="stable")
+    kept = []
+    while len(left):
+        best, left = left[0], left[1:]
+        kept.append(best)
+        shared = _shared(boxes[left], boxes[best])
+        same = (labels[left] == labels[best]) & (shared > SAME * (areas[left] + areas[best] - shared))
+        left = left[~same]
+    return np.array(kept, np.int64)
+
+
+def _shared(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Areas that boxes ``[N, 4]`` have in common with a box."""
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    return sides.clip(min=0).prod(axis=1)
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: [item for part in parts for item in part[key]] if isinstance(value, list)
-            else torch.cat([part[key] for part in parts]) for key, value in parts[0].items()}
+            else np.concatenate([part[key] for part in parts]) for key, value in parts[0].items()}
 
 
-def _select(found: dict[str, Any], kept: Tensor) -> dict[str, Any]:
+def _select(found: dict[str, Any], kept: np.ndarray) -> dict[str, Any]:
     return {key: [value[index] for index in kept.tolist()] if isinstance(value, list) else value[kept]
             for key, value in found.items()}
