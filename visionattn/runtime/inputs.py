@@ -34,8 +34,8 @@ def find_inputs(arguments: Sequence[str], without: Iterable[Path] = ()) -> list[
     Args:
         arguments: Each a file (of any name), a folder (its images at any depth), a pattern such as ``inbox/**/*.jpg``,
             a list of files (``.txt``: one a line, relative to the current folder or to the list's), or ``-``: such a
-            list from the standard input; or a webcam. Lists may part names by NUL, as ``find -print0`` does, for names with line
-            breaks.
+            list from the standard input; or a webcam. Lists may part names by NUL, as ``find -print0`` does, for names
+            with line breaks.
         without: Files, and folders whose images, are left out, which is said: those of results.
 
     Raises:

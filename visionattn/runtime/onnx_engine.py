@@ -437,5 +437,6 @@ def _two_sides(value: Any) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", " ".join(str(error).split()))
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?", "", text)
     return text if len(text) <= 200 else f"{text[:200]} ..."

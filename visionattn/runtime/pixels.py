@@ -142,6 +142,8 @@ class Decoding(NamedTuple):
             raise ValueError(f"it has {width} x {height} pixels")
         if width * height > self.max_pixels:
             raise ValueError(f"it has {width} x {height} pixels, more than max_pixels ({self.max_pixels}) allows")
+        if image.format == "EPS":  # is a program that another program would run
+            raise ValueError("it is PostScript, not an image")
         try:
             if self.channels == 3:
                 tag = tag_of(image)
