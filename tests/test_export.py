@@ -312,15 +312,15 @@ def test_metadata(tmp_path):
     found = facts(tmp_path / "model.onnx")
     assert json.loads(found.pop("class_names")) == ["cat", "dög"]
     assert json.loads(found.pop("resize")) == {
-        "interpolation": "bilinear", "centre_crop": [224, 224], "shorter_side": 248}
+        "interpolation": "bilinear", "centre_crop": [32, 32], "shorter_side": 35}
     assert json.loads(found.pop("decoding")) == {"channels": 3}
     assert found.pop("producer").startswith("visionattn ")
     assert found.pop("weights_sha256") == weights_sha256(model)  # as they are in the checkpoint, not as fused
     assert found == {
-        "task": "classification", "model": "test_efficientvit_cga", "license": "mit", "image_size": "[224, 224]",
+        "task": "classification", "model": "test_efficientvit_cga", "license": "mit", "image_size": "[32, 32]",
         "channels": "3", "channel_order": "RGB", "mean": "[0.1]", "std": "[0.2]"}
     assert report.values == [
-        "images [batch, 3, 224, 224]: images, RGB, channels first, values in [0, 1] less mean, divided by std",
+        "images [batch, 3, 32, 32]: images, RGB, channels first, values in [0, 1] less mean, divided by std",
         "logits [batch, 2]: classes in the order of class_names: softmax makes probabilities"]
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert [f"{item.name} {item.doc_string}" for item in (*graph.input, *graph.output)] == [
