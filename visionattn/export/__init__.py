@@ -12,5 +12,7 @@ width]``.
 from .command import main, print_report
 from .facts import weights_sha256
 from .onnx_file import ExportReport, export_onnx
+from .quantize import Calibration, QuantizeReport, quantize_onnx, quantize_openvino
 
-__all__ = ["ExportReport", "export_onnx", "main", "print_report", "weights_sha256"]
+__all__ = ["Calibration", "ExportReport", "QuantizeReport", "export_onnx", "main", "print_report", "quantize_onnx",
+           "quantize_openvino", "weights_sha256"]

@@ -1,11 +1,14 @@
 """The command ``visionattn export``."""
 import argparse
+import tempfile
+from pathlib import Path
 
 from ..tasks.rebuild import create_model
 from .check import TOLERANCE
 from .onnx_file import OPSET, OPSETS, ExportReport, export_onnx
+from .quantize import ERROR_LIMIT, IMAGES, Calibration, QuantizeReport, quantize_onnx
 
-__all__ = ["main", "print_report"]
+__all__ = ["main", "print_quantization", "print_report"]
 
 
 def main(argv: list[str]) -> None:
@@ -30,6 +33,13 @@ def main(argv: list[str]) -> None:
                              "crops and normalises them as validation does")
     parser.add_argument("--opset", type=int, default=OPSET, choices=OPSETS, metavar="N",
                         help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})")
+    parser.add_argument("--int8", metavar="FOLDER",
+                        help="write 8-bit weights and activations, calibrated with the images of this folder; layers "
+                             "that cost too much precision stay float. Of a classifier whose classes are the folder's "
+                             "subfolders the accuracy before and after is printed")
+    parser.add_argument("--int8-images", type=int, default=IMAGES, metavar="N",
+                        help=f"most images that calibrate; three times as many others measure the error (default: "
+                             f"{IMAGES})")
     parser.add_argument("--out", default="model.onnx", metavar="FILE")
     args = parser.parse_args(argv)
     size = None
@@ -40,7 +50,16 @@ def main(argv: list[str]) -> None:
     if not args.model and not args.checkpoint:
         parser.error("give --model, or the --checkpoint of a run")
     model = create_model(args.model, args.checkpoint, pretrained=args.pretrained, num_classes=args.num_classes)
-    print_report(export_onnx(model, args.out, size, args.dynamic_size, args.fuse, args.opset, args.preprocess))
+    options = size, args.dynamic_size, args.fuse, args.opset, args.preprocess
+    if not args.int8:
+        print_report(export_onnx(model, args.out, *options))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        report = export_onnx(model, Path(folder, "float.onnx"), *options)
+        images = Calibration(report.path, args.int8, args.int8_images)
+        quantized = quantize_onnx(report.path, args.out, images)
+    print_report(report._replace(path=Path(args.out), nodes=quantized.nodes, megabytes=quantized.megabytes))
+    print_quantization(quantized)
 
 
 def print_report(report: ExportReport) -> None:
@@ -57,3 +76,18 @@ def print_report(report: ExportReport) -> None:
         print("not checked         boxes: neither finds any object in the random images of the check")
     if report.ties:
         print(f"redrawn images      {report.ties}, on which PyTorch itself was undecided")
+
+
+def print_quantization(report: QuantizeReport) -> None:
+    """Prints what a quantisation produced, a line each."""
+    size = f", {report.megabytes:.1f} MiB ({report.size_ratio:.0%} of float)" if report.megabytes else ""
+    print(f"int8                {report.layers - len(report.float_layers)} of {report.layers} layers{size}, calibrated "
+          f"with {report.calibrated} images")
+    if report.float_layers:
+        print(f"layers left float   {', '.join(report.float_layers)}")
+    print(f"error               {report.error:.3f} of the answers in the mean of {report.judged} other images (limit "
+          f"{ERROR_LIMIT:g})")
+    if report.agreement is not None:
+        print(f"agrees with float   {report.agreement:.1%}")
+    if report.accuracy is not None:
+        print("accuracy            {:.1%} before, {:.1%} after".format(*report.accuracy))
