@@ -1,31 +1,69 @@
 """PyTorch's models as ONNX graphs, and what is read of such graphs."""
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .repeats import find_repeats
+
 __all__ = ["explained", "graph_of", "graphs", "lengths"]
 
 
 def graph_of(model: nn.Module, images: Tensor, opset: int, **options: Any) -> Any:
-    """The ONNX graph of a model, through torch.export."""
+    """The ONNX graph of a model, through torch.export.
+
+    Args:
+        model: In eval mode; answers a tensor, or several.
+        images: An example of its input.
+        opset: Version of ONNX's operators.
+        options: Of ``torch.onnx.export``.
+    """
+    lengths = options.pop("dynamic_shapes", None)
+    free = lengths[0] if lengths else {}
+    repeats = find_repeats(model, images) if set(free) <= {0} else None
+    program = None
+    if repeats:
+        shapes = (free, (free,) * len(repeats.examples)) if lengths else None
+        # Whoever looks into blocks that are placeholders is captured as a whole.
+        with suppress(RuntimeError), repeats.placeholders():
+            program = _captured(repeats, (images, *repeats.examples), opset, dynamic_shapes=shapes, **options)
+    if repeats and program is not None:
+        repeats.open(program.model.graph)
+        _optimise(program)
+        repeats.close(program.model.graph)
+        _fold(program.model)
+    else:
+        program = _captured(model, (images,), opset, dynamic_shapes=lengths, **options)
+        _optimise(program)
+    return program.model_proto
+
+
+def _captured(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **options: Any) -> Any:
+    with explained("PyTorch cannot export this model"):
+        program = torch.onnx.export(
+            model, inputs, dynamo=True, opset_version=opset, verbose=False, optimize=False, **options)
+    assert program is not None
+    return program
+
+
+def _optimise(program: Any) -> None:
+    # The optimiser's time is that of the square of the nodes, and most of them say sizes.
+    _fold(program.model)
+    program.optimize()
+
+
+def _fold(model: Any) -> None:
+    """Computes what hangs on weights and constants alone, and leaves out what is there twice or for nothing."""
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
     from onnxscript import optimizer
 
-    with explained("PyTorch cannot export this model"):
-        program = torch.onnx.export(
-            model, (images,), dynamo=True, opset_version=opset, verbose=False, optimize=False, **options)
-        assert program is not None
-        # The optimiser's time is that of the square of the nodes, and most of them say sizes.
-        optimizer.fold_constants(program.model)
-        optimizer.remove_unused_nodes(program.model)
-        CommonSubexpressionEliminationPass()(program.model)
-        program.optimize()
-    return program.model_proto
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
+    CommonSubexpressionEliminationPass()(model)
 
 
 def graphs(graph: Any) -> Iterator[Any]:
