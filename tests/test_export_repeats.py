@@ -80,9 +80,10 @@ def test_the_file_is_that_of_the_whole(net, tmp_path, monkeypatch):
     export_onnx(net, tmp_path / "repeats.onnx")
     monkeypatch.setattr(graph, "find_repeats", lambda model, images: None)
     export_onnx(net, tmp_path / "whole.onnx")
+    files = [tmp_path / "repeats.onnx", tmp_path / "whole.onnx"]
     images = torch.randn(3, 3, 16, 16)
-    np.testing.assert_allclose(*(answers(tmp_path / name, images) for name in ("repeats.onnx", "whole.onnx")), atol=1e-6)
-    one, other = (onnx.load(tmp_path / name).graph for name in ("repeats.onnx", "whole.onnx"))
+    np.testing.assert_allclose(*(answers(file, images) for file in files), atol=1e-6)
+    one, other = (onnx.load(file).graph for file in files)
     assert sorted(node.op_type for node in one.node) == sorted(node.op_type for node in other.node)
     assert {weight.name for weight in one.initializer if "linear" in weight.name} == {
         weight.name for weight in other.initializer if "linear" in weight.name}
