@@ -156,6 +156,7 @@ def test_images_of_other_shapes_are_seen_whole(top):
     assert found.boxes[:, 2].max() > 75
 
 
+@pytest.mark.slow
 def test_photos_as_they_are(top, tmp_path):
     """A file that takes bytes gives what the other one gives, but for the rounding of interpolation."""
     report = export_onnx(create_model(None, top / "classification.ckpt"), tmp_path / "photos.onnx", preprocess=True)
