@@ -2,10 +2,11 @@
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..tasks.rebuild import create_model
-from .check import TOLERANCE
-from .onnx_file import OPSET, OPSETS, ExportReport, export_onnx
+from .formats import FORMATS, export_model
+from .onnx_file import OPSET, OPSETS, ExportReport
 from .quantize import ERROR_LIMIT, IMAGES, Calibration, QuantizeReport, quantize_onnx
 
 __all__ = ["main", "print_quantization", "print_report"]
@@ -15,7 +16,7 @@ def main(argv: list[str]) -> None:
     """Runs ``visionattn export`` with command line arguments."""
     parser = argparse.ArgumentParser(
         prog="visionattn export",
-        description="Writes a model as an ONNX file of standard operators, checked with onnxruntime before it is kept.")
+        description="Writes a model as a file for a runtime, ONNX if nothing is said, checked in it before it is kept.")
     parser.add_argument("--model", help="model name as in timm.create_model; a run's own checkpoint knows it")
     parser.add_argument("--checkpoint", metavar="FILE",
                         help="weights: a run's .ckpt, of any task, the authors' file, or a state dict (.pth, "
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
                         help="height and width, or one number for both; if not given, the backbone's own, and of a "
                              "detector the side that it resizes images to")
     parser.add_argument("--dynamic-size", action="store_true",
-                        help="leave height and width free, in multiples of 32 (not for detectors and UPerNet)")
+                        help="leave height and width free, in multiples of 32 (not for detectors)")
     parser.add_argument("--fuse", action="store_true", help="fold batch norms into the layers beside them first")
     parser.add_argument("--preprocess", action="store_true",
                         help="take photos as they are (uint8, height x width x RGB); a classifier's file resizes, "
@@ -40,7 +41,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--int8-images", type=int, default=IMAGES, metavar="N",
                         help=f"most images that calibrate; three times as many others measure the error (default: "
                              f"{IMAGES})")
-    parser.add_argument("--out", default="model.onnx", metavar="FILE")
+    parser.add_argument("--format", default="onnx", choices=FORMATS,
+                        help="runtime of the file (default: onnx): openvino (IR), torch (torch.export's program), aoti "
+                             "(AOTInductor, compiled for this machine), executorch, litert, coreml, or tensorrt (ONNX "
+                             "whose operators TensorRT has)")
+    parser.add_argument("--simplify", action="store_true", help="let onnxslim simplify the graph")
+    parser.add_argument("--fp16", action="store_true",
+                        help="weights and arithmetic in float16, inputs and outputs in float32 (not for detectors)")
+    parser.add_argument("--out", metavar="FILE", help="default: model with the format's ending")
     args = parser.parse_args(argv)
     size = None
     if args.img_size:
@@ -49,16 +57,21 @@ def main(argv: list[str]) -> None:
         size = (args.img_size[0], args.img_size[-1])
     if not args.model and not args.checkpoint:
         parser.error("give --model, or the --checkpoint of a run")
+    if args.int8 and (args.format != "onnx" or args.fp16):
+        parser.error("--int8 is made of ONNX files of float32: leave --format and --fp16 out")
     model = create_model(args.model, args.checkpoint, pretrained=args.pretrained, num_classes=args.num_classes)
-    options = size, args.dynamic_size, args.fuse, args.opset, args.preprocess
+    options: dict[str, Any] = dict(
+        image_size=size, dynamic_size=args.dynamic_size, fuse=args.fuse, opset=args.opset, preprocess=args.preprocess,
+        simplify=args.simplify, fp16=args.fp16)
+    out = args.out or f"model{FORMATS[args.format].suffix}"
     if not args.int8:
-        print_report(export_onnx(model, args.out, *options))
+        print_report(export_model(model, out, args.format, **options))
         return
     with tempfile.TemporaryDirectory() as folder:
-        report = export_onnx(model, Path(folder, "float.onnx"), *options)
+        report = export_model(model, Path(folder, "float.onnx"), **options)
         images = Calibration(report.path, args.int8, args.int8_images)
-        quantized = quantize_onnx(report.path, args.out, images)
-    print_report(report._replace(path=Path(args.out), nodes=quantized.nodes, megabytes=quantized.megabytes))
+        quantized = quantize_onnx(report.path, out, images)
+    print_report(report._replace(path=Path(out), nodes=quantized.nodes, megabytes=quantized.megabytes))
     print_quantization(quantized)
 
 
@@ -67,15 +80,23 @@ def print_report(report: ExportReport) -> None:
     scale = "the logits' scale"
     if report.detections is not None:
         scale = f"the image's side (boxes), 1 (scores) or 10 (masks) in {report.detections} detections"
-    print(f"file                {report.path} ({report.megabytes:.1f} MiB, {report.nodes} nodes, opset {report.opset})")
-    print(f"largest difference  {report.difference:.1e} of {scale}, onnxruntime against PyTorch"
-          f" (limit {TOLERANCE:.0e})")
+    graph = "" if report.nodes is None else f", {report.nodes} nodes, opset {report.opset}"
+    print(f"file                {report.path} ({report.megabytes:.1f} MiB{graph})")
+    if report.runtime:
+        print(f"largest difference  {report.difference:.1e} of {scale}, {report.runtime} against PyTorch"
+              f" (limit {report.limit:.0e})")
+    if report.agreement is not None:
+        print(f"same class          {report.agreement:.1%} of the check's images or pixels")
+    if report.milliseconds is not None:
+        print(f"latency             {report.milliseconds:.1f} ms, PyTorch's {report.eager_milliseconds:.1f} ms")
     for line in report.values:
         print(line)
     if report.detections == 0:
-        print("not checked         boxes: neither finds any object in the random images of the check")
+        print("not checked         boxes: neither finds any object in the images of the check")
     if report.ties:
         print(f"redrawn images      {report.ties}, on which PyTorch itself was undecided")
+    if report.note:
+        print(f"note                {report.note}")
 
 
 def print_quantization(report: QuantizeReport) -> None:

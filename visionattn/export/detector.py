@@ -1,14 +1,16 @@
 """The ONNX graph of torchvision's detectors, from the image to the objects in it."""
 import copy
 import io
+from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..heads.detector import DETECTORS
-from .check import IMAGES, Answers, Check, apart, blocks
+from .check import IMAGES, Answers, Check, apart, blocks, photographs
 from .graph import explained, graph_of, graphs
 
 __all__ = ["detector_graph"]
@@ -51,8 +53,14 @@ def detector_graph(model: Any, image_size: tuple[int, int] | None, opset: int) -
     return proto, Check(
         answer=partial(_objects, model, names=names),
         difference=partial(apart, side=max(size)),
-        draw=blocks,
+        draw=_drawing(),
         shapes=[(3, *size)] * IMAGES)
+
+
+def _drawing() -> Callable[..., Tensor]:
+    """Draws images ``[3, height, width]`` for a detector: in turns a photograph and squares."""
+    kinds = cycle([lambda *shape, generator: photographs(1, *shape, generator=generator)[0], blocks])
+    return lambda *shape, generator: next(kinds)(*shape, generator=generator)
 
 
 class _Network(nn.Module):

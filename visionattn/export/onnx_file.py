@@ -1,5 +1,5 @@
 """A model as an ONNX file of standard operators, checked with onnxruntime before it is kept."""
-import copy
+import importlib.util
 import json
 import math
 import re
@@ -9,23 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.layers import to_2tuple
-from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from ..heads import PyramidPooling, Segmenter
-from ..heads.detector import DETECTORS
-from .check import IMAGES, Check, blocks, compare, judge, onnx_runner, relative
+from .check import Check, agreement, blocks, compare, judge, latencies, onnx_runner, photographs
 from .detector import detector_graph
-from .facts import describe, facts, timm_model, weights_sha256
+from .facts import describe, facts, weights_sha256
 from .graph import explained, graph_of, graphs, lengths
 from .photos import photo_part, prepend
+from .source import is_detector, plain, source_of
 
-__all__ = ["OPSET", "OPSETS", "ExportReport", "export_onnx"]
+__all__ = ["OPSET", "OPSETS", "ExportReport", "export_onnx", "needed", "onnx_model", "values_of"]
 
-OPSET, OPSETS = 20, range(18, 24)  # the usual one, and those that PyTorch writes
-MULTIPLE, MOST = 32, 4096  # of free image sizes: multiples of the one, up to the other
+OPSET, OPSETS = 20, range(17, 24)  # the usual one, and those that a file may have
+_WRITTEN = 18  # the oldest that PyTorch writes
+_FP16_TOLERANCE = 2e-2  # largest difference of float16 from eager's float32, as a share of the answers' scale
+_FLOAT32_ALWAYS = ["ScatterElements"]  # beyond onnxruntime's own list: its CPU provider has no float16 kernel
 
 
 class ExportReport(NamedTuple):
@@ -33,12 +32,18 @@ class ExportReport(NamedTuple):
 
     path: Path
     difference: float  # largest absolute difference, as a share of the answers' scale (see export_onnx)
-    nodes: int
+    nodes: int | None  # of an ONNX file
     megabytes: float
-    opset: int
-    ties: int  # random images redrawn because eager itself was undecided on them
+    opset: int | None  # of an ONNX file
+    ties: int  # images redrawn because eager itself was undecided on them
     detections: int | None  # that were compared, of a detector
     values: list[str]  # the inputs and outputs in words, a line each
+    limit: float  # of the difference
+    milliseconds: float | None  # of the file with one image; None if it cannot be run here
+    eager_milliseconds: float | None  # of PyTorch
+    agreement: float | None = None  # of float16: the share of images or pixels of the same class
+    runtime: str = "onnxruntime"  # what ran the file
+    note: str = ""  # what was not checked, or is left to do
 
 
 def export_onnx(
@@ -49,11 +54,14 @@ def export_onnx(
         fuse: bool = False,
         opset: int = OPSET,
         preprocess: bool = False,
+        simplify: bool = False,
+        fp16: bool = False,
 ) -> ExportReport:
-    """Writes ``model`` to the ONNX file ``out`` and checks it with onnxruntime on random images.
+    """Writes ``model`` to the ONNX file ``out`` and checks it with onnxruntime on photographs and random images.
 
-    The file may differ from eager PyTorch by 1e-4 of the answers' scale: of the largest logit; of the image's longer
-    side for boxes, of 1 for scores, of 10 for masks. The objects that are detected and their labels must be the same.
+    The file may differ from eager PyTorch by 1e-4 of the answers' scale (in float16 2e-2): of the largest logit; of
+    the image's longer side for boxes, of 1 for scores, of 10 for masks. The objects that are detected and their labels
+    must be the same.
 
     Args:
         model: A classifier or (``features_only``) a feature extractor from timm, a
@@ -65,46 +73,120 @@ def export_onnx(
             was made for, and of a detector the square that it does not resize. (Its file resizes other images as it
             does itself.)
         dynamic_size: Leave height and width free as well, in multiples of 32; then two more sizes are checked. Not for
-            detectors and UPerNet.
+            detectors.
         fuse: Fold batch norms and the like into the layers beside them first, where the model's layers can do that
             (``timm.utils.reparameterize_model``).
-        opset: Version of ONNX's operators, 18 to 23; of a detector 18 to 20.
+        opset: Version of ONNX's operators, 17 to 23; of a detector 17 to 20. 17 is 18 in the older notation, which has
+            no antialiased resizing.
         preprocess: Take photos as they are: uint8, ``[batch, height, width, 3]``, of a detector ``[height, width, 3]``.
             A classifier's file then resizes, crops and normalises them as validation does.
+        simplify: Let onnxslim simplify the graph.
+        fp16: Weights and arithmetic in float16, but for operators that lose too much by it; inputs and outputs stay
+            float32. Not for detectors.
 
     Raises:
-        ModuleNotFoundError: The packages of the ``export`` extra are missing.
-        ValueError: ``dynamic_size`` with a detector, with UPerNet or with sides that are no multiples of 32; an
-            opset out of range; ``preprocess`` for other channels than three.
+        ModuleNotFoundError: The packages of the ``export`` extra, or onnxslim, are missing.
+        ValueError: ``dynamic_size`` with a detector or with sides that are no multiples of 32; an opset out of range;
+            ``preprocess`` for other channels than three; ``fp16`` of a detector.
         RuntimeError: PyTorch cannot export the model, the file needs operators beyond the standard ones, or
             onnxruntime's answers differ from eager's.
     """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"export needs the package {error.name}: pip install 'visionattn[export]'") from None
+    proto, check = onnx_model(model, image_size, dynamic_size, fuse, opset, preprocess, simplify, fp16)
+    import onnx
+
     out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(proto, str(out))
+    onnx.checker.check_model(str(out))
+    try:
+        with explained("the exported file cannot be run beside PyTorch, and was removed"):
+            run = onnx_runner(out)
+            difference, ties, rows = compare(check, run)
+        judge(difference, check.tolerance)
+        own, eager = latencies(check, run)
+    except BaseException:
+        out.unlink()
+        raise
+    return ExportReport(
+        out, difference, sum(len(graph.node) for graph in graphs(proto.graph)), out.stat().st_size / 2 ** 20,
+        _opset(proto), ties, rows if is_detector(model) else None, values_of(proto), check.tolerance, own, eager,
+        agreement(check, run) if fp16 else None)
+
+
+def onnx_model(
+        model: nn.Module,
+        image_size: tuple[int, int] | None = None,
+        dynamic_size: bool = False,
+        fuse: bool = False,
+        opset: int = OPSET,
+        preprocess: bool = False,
+        simplify: bool = False,
+        fp16: bool = False,
+) -> tuple[Any, Check]:
+    """The ONNX model that :func:`export_onnx` writes, with its metadata, and how it is compared with eager PyTorch."""
+    needed(["onnx", "onnxruntime", "onnxscript"], "export", "export")
+    if simplify:
+        needed(["onnxslim"], "simplify", "simplify")
     sha256 = weights_sha256(model)
-    model = copy.deepcopy(model).cpu().float().eval()
-    if fuse:
-        model = reparameterize_model(model, inplace=True)
-    detector = isinstance(model, tuple(DETECTORS.values()))
+    model = plain(model, fuse)
+    detector = is_detector(model)
     if opset not in OPSETS:
         raise ValueError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
     if detector and opset > OPSET:
         raise ValueError(f"the file of a detector has opset {OPSET} at most, {opset} was asked for")
     if dynamic_size and detector:
-        raise ValueError("the file of a detector has one image size: leave dynamic_size out")
-    if dynamic_size and any(isinstance(module, PyramidPooling) for module in model.modules()):
-        raise ValueError("torch.export fixes the grids that UPerNet pools over, so its file has one image size: leave "
-                         "dynamic_size out, or train head semantic_fpn")
+        raise ValueError("PyTorch's tracer fixes the sizes of a detector's maps and anchors, so its file has "
+                         "one image size: leave dynamic_size out")
+    if detector and fp16:
+        raise ValueError("a detector's boxes in pixels lose too much in float16: leave fp16 out")
+    written = max(opset, _WRITTEN)
     if detector:
-        proto, check = detector_graph(model, image_size, opset)
+        proto, check = detector_graph(model, image_size, written)
     else:
-        proto, check = _maps_or_logits(model, image_size, dynamic_size, opset)
+        source = source_of(model, image_size, dynamic_size)
+        proto, check = graph_of(model, source.images, written, dynamic_shapes=(source.free,), input_names=["images"],
+                                output_names=source.names), source.check
+    if simplify:
+        import onnxslim
+
+        with explained("onnxslim cannot simplify this file"):
+            proto = onnxslim.slim(proto)
+    if fp16:
+        proto = _float16(proto)
+        check = check._replace(tolerance=_FP16_TOLERANCE, rounding=2 ** -11)
+    found = facts(model, check.shapes[0]) | {"weights_sha256": sha256}
+    if preprocess:
+        check = _with_photos(proto, check, found, written)
+    if opset < written:
+        proto = _older(proto)
+    _cleaned(proto)
+    for key, value in found.items():
+        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    words = describe(found)
+    for item in (*proto.graph.input, *proto.graph.output):
+        item.doc_string = words[re.sub(r"^map_\d+$", "map", item.name)]
+    return proto, check
+
+
+def needed(packages: list[str], what: str, extra: str) -> None:
+    """Raises a ModuleNotFoundError of one line if a package is missing that an option or a format needs."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"{what} needs the package {name}: pip install 'visionattn[{extra}]'")
+
+
+def values_of(proto: Any) -> list[str]:
+    """The inputs and outputs of an ONNX model in words, a line each."""
+    return [f"{item.name} [{', '.join(map(str, lengths(item)))}]: {item.doc_string}"
+            for item in (*proto.graph.input, *proto.graph.output)]
+
+
+def _opset(proto: Any) -> int:
+    return next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
+
+
+def _cleaned(proto: Any) -> None:
+    """Takes out of a model what is of no use to who runs it, and refuses operators that not every runtime has."""
     nodes = [node for graph in graphs(proto.graph) for node in graph.node]
     for item in (*nodes, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del item.metadata_props[:]  # holds stack traces with the paths of the machine that exported
@@ -114,77 +196,55 @@ def export_onnx(
     inner = [item for item in proto.graph.value_info if item.name not in weights]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(inner)
+    del proto.metadata_props[:]
     domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     if domains or proto.functions:
         raise RuntimeError(f"the export needs operators outside standard ONNX: {', '.join(sorted(domains))}")
-    written = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
-    found = facts(model, check.shapes[0]) | {"weights_sha256": sha256}
-    if preprocess:
-        check = _with_photos(proto, check, found, written)
-    for key, value in found.items():
-        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    words = describe(found)
-    values = *proto.graph.input, *proto.graph.output
-    for item in values:
-        item.doc_string = words[re.sub(r"^map_\d+$", "map", item.name)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(proto, str(out))
-    onnx.checker.check_model(str(out))
-    try:
-        with explained("the exported file cannot be run beside PyTorch, and was removed"):
-            difference, ties, rows = compare(check, onnx_runner(out))
-        judge(difference)
-    except BaseException:
-        out.unlink()
-        raise
-    return ExportReport(
-        out, difference, sum(len(graph.node) for graph in graphs(proto.graph)), out.stat().st_size / 2 ** 20, written,
-        ties, rows if detector else None,
-        [f"{item.name} [{', '.join(map(str, lengths(item)))}]: {item.doc_string}" for item in values])
 
 
-def _maps_or_logits(
-        model: Any, image_size: tuple[int, int] | None, dynamic_size: bool, opset: int) -> tuple[Any, Check]:
-    """The graph of a model that takes batches of images to logits, or to a list of maps."""
-    segmenter = isinstance(model, Segmenter)
-    channels, *own_size = _image_shape(model)
-    size = (image_size or own_size)[0], (image_size or own_size)[1]
-    if dynamic_size and any(side % MULTIPLE for side in size):
-        raise ValueError(f"free sizes are multiples of {MULTIPLE}; the example of {size[0]} x {size[1]} is not one")
-    with torch.inference_mode(), explained("PyTorch cannot export this model"):
-        answers = model(torch.zeros(1, channels, *size))
-    features = isinstance(answers, (list, tuple))
-    names = [f"map_{i}" for i in range(len(answers))] if features else ["logits"]
-    free: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if dynamic_size:
-        # Multiples of the coarsest stride keep the maps' sizes free of rounding, which torch.export cannot solve.
-        rows, columns = (torch.export.Dim(name, min=2, max=MOST // MULTIPLE) for name in ("rows", "columns"))
-        free |= {2: MULTIPLE * rows, 3: MULTIPLE * columns}
-    example = size
-    if dynamic_size:
-        # PyTorch takes lengths that are 1 in the example, such as the number of windows, for 1 in every image.
-        example = 2 * max(size[0], own_size[0]), 2 * max(size[1], own_size[1])
-    proto = graph_of(model, torch.randn(2, channels, *example), opset, dynamic_shapes=(free,), input_names=["images"],
-                   output_names=names)
-    sizes = [size, (size[0] + 32, size[1]), (size[0], size[1] + 64)] if dynamic_size else [size]
-    return proto, Check(
-        answer=lambda images: tuple(model(images)) if features else (model(images),),
-        difference=relative,
-        draw=torch.rand if segmenter else torch.randn,
-        shapes=[(batch, channels, *size) for size in sizes for batch in (1, 1 + IMAGES)])
+def _float16(proto: Any) -> Any:
+    """The model with weights and arithmetic in float16, inputs and outputs in float32."""
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    with explained("onnxruntime cannot convert this file to float16"):
+        proto = convert_float_to_float16(
+            proto, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_FLOAT32_ALWAYS])
+        OnnxModel(proto).topological_sort()  # it puts its casts last
+    return proto
 
 
-def _image_shape(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model was made for, or its run validated on."""
-    settings = getattr(model, "run", {}).get("_image_settings") or {}
-    model = timm_model(model)
-    channels, height, width = model.pretrained_cfg["input_size"]
-    inner = getattr(model, "model", model)  # of what timm wraps for features
-    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
-    channels = getattr(inner, "in_chans", first.in_channels if first else channels)
-    made_for = getattr(inner, "img_size", None) or getattr(getattr(inner, "patch_embed", None), "img_size", None)
-    made_for = settings.get("image_size") or made_for or settings.get("short_side") or settings.get("crop_size")
-    return channels, *(to_2tuple(made_for) if made_for else (height, width))
+def _older(proto: Any) -> Any:
+    """The model in opset 17, which PyTorch does not write and onnx's converter, which knows no Split, does not reach.
+
+    What differs from opset 18 in what our models have: axes of reductions are attributes, and a Split into equal parts
+    does not count them. The checker refuses what else is of later opsets.
+    """
+    from onnx import checker, helper, numpy_helper
+
+    constants = {item.name: item for graph in graphs(proto.graph) for item in graph.initializer}
+    with explained("this model has no file of opset 17"):
+        for node in (node for graph in graphs(proto.graph) for node in graph.node):
+            if node.op_type == "Split":
+                _set(node, [item for item in node.attribute if item.name != "num_outputs"])
+            elif node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) > 1:
+                axes = helper.make_attribute("axes", numpy_helper.to_array(constants[node.input.pop()]).tolist())
+                _set(node, [*(item for item in node.attribute if item.name != "noop_with_empty_axes"), axes])
+        for graph in graphs(proto.graph):
+            used = {name for inner in graphs(graph) for node in inner.node for name in node.input}
+            weights = [item for item in graph.initializer if item.name in used]
+            del graph.initializer[:]
+            graph.initializer.extend(weights)
+        del proto.opset_import[:]
+        proto.opset_import.add(domain="", version=17)
+        checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _set(node: Any, attributes: list[Any]) -> None:
+    """Gives a node these attributes in place of its own."""
+    del node.attribute[:]
+    node.attribute.extend(attributes)
 
 
 def _with_photos(proto: Any, check: Check, found: dict[str, Any], opset: int) -> Check:
@@ -198,7 +258,9 @@ def _with_photos(proto: Any, check: Check, found: dict[str, Any], opset: int) ->
         return torch.from_numpy(session.run(None, {"photos": photos.numpy()})[0])
 
     def draw(*shape: int, generator: torch.Generator) -> Tensor:
-        images = torch.stack([blocks(*shape[-3:], generator=generator) for _ in range(math.prod(shape[:-3]))])
+        images = photographs(math.prod(shape[:-3]), *shape[-3:], generator=generator)
+        if len(images) > 1:
+            images[-1] = blocks(*shape[-3:], generator=generator)
         return (255 * images).round().byte().movedim(1, -1).reshape(*shape[:-3], *shape[-2:], shape[-3])
 
     shapes = check.shapes

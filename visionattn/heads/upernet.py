@@ -76,8 +76,8 @@ class PyramidPooling(nn.Module):
             raise ValueError("UPerNet cannot train on a batch of one image: batch norm sees a single pixel where the "
                              "map is averaged to 1 x 1; use two images or more, or trainer.sync_batchnorm on several "
                              "devices")
-        pooled = [branch(adaptive_avg_pool2d(x, scale))
-                  for scale, branch in zip(self.scales, self.branches, strict=True)]
+        pool = _grid_means if torch.compiler.is_exporting() else adaptive_avg_pool2d
+        pooled = [branch(pool(x, scale)) for scale, branch in zip(self.scales, self.branches, strict=True)]
         return self.fusion(torch.cat([x, *(resize(y, x.shape[-2:]) for y in pooled)], dim=1))
 
 
@@ -100,3 +100,16 @@ class FCNHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes, H, W]`` of ``x [B, in_channels, H, W]``."""
         return self.classifier(self.conv(x))
+
+
+def _grid_means(x: Tensor, side: int) -> Tensor:
+    """``adaptive_avg_pool2d(x, side)`` as products with matrices, which torch.export lets have any size."""
+    rows, columns = (_shares(length, side).to(x) for length in x.shape[-2:])
+    return rows @ x @ columns.mT
+
+
+def _shares(length: int, side: int) -> Tensor:
+    """What part each of ``length`` positions has in the means of ``side`` cells ``[side, length]``."""
+    cell, place = torch.arange(side)[:, None], torch.arange(length)
+    inside = (place >= cell * length // side) & (place < ((cell + 1) * length + side - 1) // side)
+    return inside / inside.sum(dim=1, keepdim=True)

@@ -278,7 +278,12 @@ class AggregatedAttention(_Attention):
         cells: Any = tuple(_cells(side, self.pool_ratio, self.pool_size) for side in size)
         units = F.normalize(_split(q, dim), dim=-1, eps=1e-12)
         lines = units.flatten(0, 2).transpose(0, 1)
-        local_weights = torch.baddbmm(self.learnable_bias.to(lines.dtype), lines, self.learnable_tokens.to(lines.dtype))
+        tokens, token_bias = self.learnable_tokens.to(lines.dtype), self.learnable_bias.to(lines.dtype)
+        if torch.compiler.is_exporting():
+            # With the weights on the left: on the right onnxruntime quantises one matrix by channels, no stack of them.
+            local_weights = (tokens.mT @ lines.mT).mT + token_bias
+        else:
+            local_weights = torch.baddbmm(token_bias, lines, tokens)
         local_weights = local_weights.transpose(0, 1).unflatten(0, units.shape[:3])
         made_for = None
         if self.bias_size is not None:
