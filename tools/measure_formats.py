@@ -3,6 +3,8 @@
     python tools/measure_formats.py --out results/export.csv
     python tools/measure_formats.py --out results/export.csv --families nat --tasks detection --formats openvino
 
+    python tools/measure_formats.py --out results/export.csv --page docs/export.md  # the table in the page, no more
+
 A row tells whether the file was kept, at which sizes of images it was checked (all with one image and three; a
 detector with three images, one by one), its largest difference from eager PyTorch, latency with one image, and size; or
 the reason why there is no such file. Rows that the file has are left as they are. Weights are random.
@@ -28,7 +30,9 @@ from visionattn.heads import Segmenter
 from visionattn.heads.detector import build_detector
 from visionattn.models import families
 
-__all__ = ["main", "measure"]
+__all__ = ["main", "measure", "write_table"]
+
+START, END = "<!-- measured formats -->", "<!-- end of measured formats -->"
 
 TASKS = ("classification", "segmentation", "detection")
 SIDE = 128  # of the images of dense tasks
@@ -47,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[name for name in FORMATS if name != "aoti"],
                         help="all but aoti if not given, whose compiling takes minutes a model")
     parser.add_argument("--out", type=Path, default=Path("results/export.csv"), help="CSV file; rows are appended")
+    parser.add_argument("--page", type=Path, help="write the rows that there are as a table into this page, and stop")
     args = parser.parse_args(argv)
+    if args.page:
+        write_table(args.out, args.page)
+        return 0
     torch.set_num_threads(1)
     known = set()
     if args.out.exists():
@@ -97,6 +105,32 @@ def measure(family: str, task: str, wanted: list[str]) -> Any:
                     row |= {"ms": f"{report.milliseconds:.1f}", "eager_ms": f"{report.eager_milliseconds:.1f}"}
                 row["note"] = "; ".join(filter(None, [row["note"], report.note.partition(":")[0]]))
             yield row | {"seconds": round(time.process_time() - start, 1)}
+
+
+def write_table(source: Path, page: Path) -> None:
+    """Replaces what is between the marks of ``page`` by a table of the rows of ``source``."""
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in FORMATS if any(row["format"] == name for row in rows)]
+    lines = [["family", "task", *names], ["---"] * (2 + len(names))]
+    reasons: dict[str, int] = {}
+    for family, task in dict.fromkeys((row["family"], row["task"]) for row in rows):
+        cells = {row["format"]: row for row in rows if (row["family"], row["task"]) == (family, task)}
+        lines.append([family, task, *(_cell(cells.get(name), reasons) for name in names)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    notes = "\n".join(f"{number}. {reason}" for reason, number in reasons.items())
+    before, _, rest = page.read_text().partition(START)
+    page.write_text(f"{before}{START}\n\n{table}\n\n{notes}\n\n{END}{rest.partition(END)[2]}")
+
+
+def _cell(row: dict[str, str] | None, reasons: dict[str, int]) -> str:
+    """Largest difference, of any size of image where it is free, or the number of the reason."""
+    if row is None:
+        return "not measured"
+    if row["kept"] == "True":
+        return f"{row['difference']}{', any size' if row['image_sizes'] == 'free' else ''}"
+    reason = row["reason"].replace(f"format {row['format']}", "the format")
+    return f"no ({reasons.setdefault(reason, len(reasons) + 1)})"
 
 
 def _exported(model: Any, task: str, format: str) -> tuple[export.ExportReport, str, str]:
