@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import timm
 import torch
 
 from visionattn import bench, ops
-from visionattn.bench import command, peers, timing
+from visionattn.bench import command, exported, peers, timing
 from visionattn.cli import main
+from visionattn.export import export_onnx
 from visionattn.ops import Case, dispatch, neighborhood_attention, use_backend
 from visionattn.ops.neighborhood import naive
 from visionattn.simulate import simulate
@@ -307,6 +309,51 @@ def test_bench_ops_refuses_what_it_cannot_do(capsys):
     error = capsys.readouterr().err
     assert "no_such_case" in error
     assert "no case of the chosen ops has that name" in error
+
+
+def test_bench_export_times_what_is_right_and_writes_a_table_and_a_picture(monkeypatch, tmp_path, capsys):
+    def export_another(model, file):
+        """Of the second model other weights, whose logits are not eager's."""
+        return export_onnx(model if type(model) is first else timm.create_model("test_agent_deit"), file)
+
+    first = type(timm.create_model("test_efficientvit_cga"))
+    monkeypatch.setattr(exported, "export_onnx", export_another)
+    out = tmp_path / "new" / "speed.csv"
+    assert main(["bench", "export", "--models", "test_efficientvit_cga", "test_agent_deit", "--forms", "onnxruntime",
+                 "--threads", "1", "--repeat", "1", "--out", str(out)]) == 0
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["form"], row["note"]) for row in rows] == [
+        ("test_efficientvit_cga", "eager", ""), ("test_efficientvit_cga", "onnxruntime", ""),
+        ("test_agent_deit", "eager", ""), ("test_agent_deit", "onnxruntime", "wrong result")]
+    assert rows[3]["latency_ms"] == rows[3]["peak_mib"] == ""
+    for row in rows[:3]:
+        assert float(row["latency_ms"]) > 0
+        assert float(row["difference"]) < 1e-4
+        assert 20 < float(row["peak_mib"]) < 4096
+    eager, onnx = rows[:2]
+    assert (eager["latency_over_eager"], eager["batch_over_eager"]) == ("1", "1")
+    ratio = float(onnx["latency_ms"]) / float(eager["latency_ms"])
+    assert float(onnx["latency_over_eager"]) == pytest.approx(ratio, rel=1e-2)
+    weights = sum(x.nbytes for x in timm.create_model("test_efficientvit_cga").state_dict().values()) / 2**20
+    assert float(eager["disk_mib"]) == pytest.approx(weights, rel=1e-3)
+    assert weights / 2 < float(onnx["disk_mib"]) < weights + 1
+    assert out.with_suffix(".png").stat().st_size > 10000
+    assert "wrong result" in capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- measured tables -->\nold\n<!-- end of measured tables -->\nafter\n")
+    subprocess.run([sys.executable, TOOLS / "write_measured_tables.py", out, page], check=True)
+    text = page.read_text()
+    assert "| model | eager | onnxruntime |" in text
+    assert f"{onnx['latency_ms']}; {onnx['images_per_s']} ({onnx['latency_over_eager']}" in text
+
+
+def test_bench_export_refuses_what_it_does_not_know(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "export", "--models", "no_such_model"])
+    assert "no model is called no_such_model" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no form is called tensorrt"):
+        bench.benchmark_export("test_dinat", ["tensorrt"])
 
 
 def test_the_tool_is_the_command():

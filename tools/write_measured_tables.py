@@ -1,6 +1,7 @@
-"""Writes the figures of ``visionattn bench ops`` as Markdown tables into a page, between its two marks.
+"""Writes the figures of ``visionattn bench ops`` or ``bench export`` as Markdown tables into a page, between two marks.
 
     python tools/write_measured_tables.py results/ops_cpu.csv docs/kernels.md
+    python tools/write_measured_tables.py results/export_speed_cpu.csv docs/export.md
 """
 import csv
 import sys
@@ -28,12 +29,29 @@ def write_measured_tables(source: Path, page: Path) -> None:
 
 
 def _tables(rows: list[dict[str, str]]) -> str:
+    if "form" in rows[0]:
+        return _exported(rows)
     blocks = []
     for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
         chosen = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
         blocks.append(f"{op.capitalize()} attention, {direction}, {chosen[0]['dtype']}, {_machine(chosen[0])}. "
                       "Median milliseconds, in brackets peak MiB:\n\n" + _table(chosen))
     return "\n\n".join(blocks)
+
+
+def _exported(rows: list[dict[str, str]]) -> str:
+    forms = [form for form in dict.fromkeys(row["form"] for row in rows)
+             if any(row["latency_ms"] for row in rows if row["form"] == form)]
+    lines = [["model", *forms], ["---"] * (1 + len(forms))]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = {row["form"]: "{latency_ms}; {images_per_s} ({latency_over_eager}, {batch_over_eager}); {peak_mib}; "
+                 "{disk_mib}".format(**row) for row in rows if row["model"] == model and row["latency_ms"]}
+        lines.append([model, *(cells.get(form, "-") for form in forms)])
+    row = rows[0]
+    libraries = ", ".join(f"{name} {row[name]}" for name in ("torch", "timm", "onnxruntime", "openvino"))
+    return (f"{row['machine']}, {row['threads']} threads, {libraries}, {row['date']}. Milliseconds of one image; "
+            "images a second in batches of 8 (both times as multiples of eager's); peak MiB; MiB on disk:\n\n"
+            + "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def _machine(row: dict[str, str]) -> str:

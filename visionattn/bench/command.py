@@ -8,25 +8,27 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from .. import ops as operations
 from ..ops import cases, dispatch
 from ..simulate import simulate
 from .backends import backend_table
+from .exported import BATCHES, EXPORT_FORMS, benchmark_export, default_models, describe_export
 from .machine import measure_machine
-from .plots import plot_scaling
+from .plots import plot_export, plot_scaling
 from .timing import DIRECTIONS, benchmark
 
 __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``backends``, ``bench simulate ...`` or ``bench ops ...``."""
+    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...`` or ``bench export ...``."""
     parser = argparse.ArgumentParser(prog="visionattn")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("backends", help="what runs here, and why not")
-    bench = commands.add_parser("bench", help="simulate tiles, or time the ops").add_subparsers(
+    bench = commands.add_parser("bench", help="simulate tiles, or time ops and exported models").add_subparsers(
         dest="subject", required=True)
 
     tiles = bench.add_parser("simulate", description=_summary(simulate), help="the tiles that a window makes visit",
@@ -56,11 +58,26 @@ def main(argv: list[str]) -> int:
     ops.add_argument("--out", type=Path, help="CSV file (default: results/ops_DEVICE.csv)")
     ops.add_argument("--plot", action="store_true", help="draw time and memory of the scaling cases beside the CSV")
 
+    exported = bench.add_parser("export", description=_summary(benchmark_export), help="time exported models",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    exported.add_argument("--models", nargs="+", metavar="NAME", help=(
+        "as of timm.create_model (default: a small one of every family, timm's swin_tiny and efficientvit_m5)"))
+    exported.add_argument(
+        "--forms", nargs="+", choices=EXPORT_FORMS, metavar="FORM",
+        default=[form for form in EXPORT_FORMS if form != "compiled"],
+        help=f"of {', '.join(EXPORT_FORMS)} (default: all but compiled, which takes a minute a model)")
+    exported.add_argument("--threads", type=int, default=torch.get_num_threads())
+    exported.add_argument("--repeat", type=int, default=7, help="turns of every form")
+    exported.add_argument("--out", type=Path, default=Path("results/export_speed_cpu.csv"), help=(
+        "CSV file (default: %(default)s); the picture is written beside it"))
+
     args = parser.parse_args(argv)
     if args.command == "backends":
         print(backend_table())
     elif args.subject == "simulate":
         _print_simulation(args)
+    elif args.subject == "export":
+        _print_exported(args, exported)
     else:
         _print_benchmark(args, ops)
     return 0
@@ -141,3 +158,30 @@ def _print_benchmark(args: argparse.Namespace, parser: argparse.ArgumentParser) 
             file.flush()
     if args.plot:
         print(plot_scaling(rows, out.with_name(f"{out.stem}_scaling.png")))
+
+
+def _print_exported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    names = args.models or default_models()
+    known = set(timm.list_models()) | set(timm.list_pretrained())
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no model is called {', '.join(unknown)}; visionattn list has ours")
+    torch.set_num_threads(args.threads)
+    description = describe_export(args.threads)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{'model':30}{'form':18}" + "".join(f"{title:>15}" for title in (
+        "ms of one", "over eager", f"a second of {BATCHES[1]}", "over eager", "peak MiB", "disk MiB")))
+    rows: list[dict[str, Any]] = []
+    with args.out.open("w", newline="") as file:
+        writer = None
+        for row in itertools.chain.from_iterable(
+                benchmark_export(name, args.forms, args.threads, args.repeat) for name in names):
+            row |= description
+            writer = writer or csv.DictWriter(file, fieldnames=list(row))
+            if not rows:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            rows.append(row)
+            print("{model:30}{form:18}{latency_ms:>15}{latency_over_eager:>15}{images_per_s:>15}{batch_over_eager:>15}"
+                  "{peak_mib:>15}{disk_mib:>15}  {note}".format(**row), flush=True)
+    print(plot_export(rows, args.out.with_suffix(".png")))

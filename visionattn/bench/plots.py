@@ -1,4 +1,4 @@
-"""The picture of ``visionattn bench ops --plot``."""
+"""The pictures of ``visionattn bench ops --plot`` and of ``visionattn bench export``."""
 import itertools
 import math
 import statistics
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..ops import cases
 from .timing import DIRECTIONS
 
-__all__ = ["plot_scaling"]
+__all__ = ["plot_export", "plot_scaling"]
 
 
 def plot_scaling(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -51,6 +51,39 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> Path:
         f"Neighborhood attention, {case.summary}, {case.problem.heads} heads of {case.problem.head_dim}, "
         f"{row['dtype']}; {row['machine']}, {row['threads']} threads, torch {row['torch']}, {row['date']}",
         fontsize="small")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_export(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Draws the latency and the throughput of every model's forms, a line for each model.
+
+    Args:
+        rows: What :func:`visionattn.bench.exported.benchmark_export` returned, with the columns of the machine.
+        path: Of the picture to write.
+
+    Returns:
+        The path.
+    """
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(11, 1.6 + 0.28 * len(models)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (column, title) in zip(axes, (
+            ("latency_ms", "one image [ms]"), ("images_per_s", "images a second, in batches of 8")), strict=True):
+        for number, form in enumerate(dict.fromkeys(row["form"] for row in rows)):
+            points = [(float(row[column]), models.index(row["model"])) for row in rows
+                      if row["form"] == form and row[column]]
+            if points:
+                axis.semilogx(*zip(*points, strict=True), "o", color=f"C{number}", label=form, alpha=0.8)
+        axis.set(xlabel=title)
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].set_yticks(range(len(models)), models, fontsize="small")
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize="small")
+    row = rows[0]
+    figure.suptitle(
+        f"Models with float32 weights and exported; {row['machine']}, {row['threads']} threads, torch {row['torch']}, "
+        f"onnxruntime {row['onnxruntime']}, openvino {row['openvino']}, {row['date']}", fontsize="small")
     figure.savefig(path, dpi=120)
     return path
 

@@ -12,6 +12,8 @@ from .repeats import find_repeats
 
 __all__ = ["explained", "graph_of", "graphs", "lengths"]
 
+_TABLE = 1 << 20  # elements of the largest constants that are looked at for equal ones
+
 
 def graph_of(model: nn.Module, images: Tensor, opset: int, **options: Any) -> Any:
     """The ONNX graph of a model, through torch.export.
@@ -58,11 +60,12 @@ def _optimise(program: Any) -> None:
 
 def _fold(model: Any) -> None:
     """Computes what hangs on weights and constants alone, and leaves out what is there twice or for nothing."""
-    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
     from onnxscript import optimizer
 
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
+    DeduplicateInitializersPass(size_limit=_TABLE)(model)  # tables that blocks have in common
     CommonSubexpressionEliminationPass()(model)
 
 
