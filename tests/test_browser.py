@@ -1,10 +1,11 @@
 """The page docs/browser.html classifies a digit in a browser as the file does in Python."""
-import functools
 import http.server
+import queue
 import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 import threading
 from pathlib import Path
 
@@ -17,6 +18,28 @@ from visionattn.cli import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "browser.html"
 RUNTIME = ["ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"]
+# Sends what the page shows as soon as it has done its work.
+TELL = """<script>
+const waiting = setInterval(() => {
+  if (!byId("classes").rows.length && !byId("said").textContent) return;
+  clearInterval(waiting);
+  fetch("seen", {method: "POST", body: document.body.innerHTML});
+}, 50);
+</script>"""
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and keeps what pages send."""
+
+    seen: queue.Queue = queue.Queue()
+
+    def do_POST(self):
+        self.seen.put(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +56,7 @@ def site(tmp_path_factory):
     with tarfile.open(archive) as opened:
         for name in RUNTIME:
             (folder / name).write_bytes(opened.extractfile(f"package/dist/{name}").read())
-    shutil.copy(PAGE, folder)
+    (folder / PAGE.name).write_text(PAGE.read_text() + TELL)
     root = folder / "run"
     assert main(["fit", "--config", "digits_biformer", "--trainer.max_epochs", "4",
                  "--trainer.default_root_dir", str(root)]) == 0
@@ -45,17 +68,24 @@ def site(tmp_path_factory):
         assert digits.target[label] == label
         Image.fromarray(pixels).convert("RGB").resize((60, 50)).save(folder / f"{label}.png")
     (folder / "cut.onnx").write_bytes((folder / "digits.onnx").read_bytes()[:5000])
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *args: Handler(*args, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/browser.html", folder
     server.shutdown()
 
 
 def page(address):
-    """The page as it stands when its work is done."""
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000", "--dump-dom"]
-    return subprocess.run(["chromium", *options, address], capture_output=True, text=True, timeout=120).stdout
+    """What the page shows when its work is done."""
+    with tempfile.TemporaryDirectory() as profile:
+        browser = subprocess.Popen(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+             "--remote-debugging-port=0", address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            return Handler.seen.get(timeout=120)
+        finally:
+            browser.terminate()
+            browser.wait()
 
 
 @pytest.mark.slow
