@@ -33,6 +33,7 @@ ERROR_LIMIT = 0.1  # of the answers: root mean square of the difference from flo
 IMAGES, FEWEST = 128, 8  # that calibrate, and that a folder must hold at least
 JUDGED = 3  # images that the error is measured on, as a multiple of those that calibrate
 TRIALS, TRIED = 100, 16  # groups of layers that are quantised alone, at most, and images that this is measured on
+CONSTANTS = "constants"  # how large constants are called among the layers
 TABLE = 1024  # least number of values of a constant that is stored in 8 bits
 TEXTS = "producer", "task", "model", "license", "weights_sha256", "channel_order", "layout"  # metadata that is no JSON
 _LINEAR = ("Conv", "MatMul", "Gemm")
@@ -187,12 +188,11 @@ def quantize_onnx(
     network = _OnnxNetwork(source, *_parted(images))
     chosen = _choose(network, limit)
     proto = network.quantized(chosen.kept)
-    _shorten_tables(proto)
     _shorten_names(proto, network.proto)
     _say_so(proto, "onnxruntime QDQ", chosen, network)
     answers = network.runner(proto.SerializeToString())
     report = _report(network, answers, chosen, sum(len(graph.node) for graph in graphs(proto.graph)))
-    if not report.error <= 1.1 * limit:  # with the tables in 8 bits, too
+    if not report.error <= 1.01 * limit:
         raise RuntimeError(f"the quantised file differs from float by {report.error:.3f} of the answers (limit "
                            f"{limit:g}); it was not kept")
     onnx.checker.check_model(proto)
@@ -274,6 +274,8 @@ class _OnnxNetwork:
         if "quantization" in self.facts:
             raise ValueError(f"{source} is quantised already: give the float file")
         self.layers = layers_of(self.proto)
+        if _tables(self.proto):
+            self.layers[CONSTANTS] = []
         self.calibrating, self.judged = calibrating, judged
         self.search = _search_inputs(self.proto)
         self.input = self.proto.graph.input[0].name
@@ -306,6 +308,8 @@ class _OnnxNetwork:
         nodes = [node for layer, nodes in self.layers.items() if layer not in kept for node in nodes]
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
+        if CONSTANTS in self.layers and CONSTANTS not in kept:
+            _shorten_tables(proto)
         if not nodes:
             return proto
         with _quiet():
@@ -453,10 +457,10 @@ def layers_of(proto: Any) -> dict[str, list[str]]:
     """
     weights = {item.name for item in proto.graph.initializer}
     detector = any(node.name.startswith("network/") for node in proto.graph.node)
-    users: dict[str, Any] = {}
+    users: dict[str, list[Any]] = {}
     for node in proto.graph.node:
         for value in node.input:
-            users.setdefault(value, node)
+            users.setdefault(value, []).append(node)
     layers: dict[str, list[str]] = {}
     for node in proto.graph.node:
         if node.op_type not in _LINEAR or node.input[1] not in weights or node.input[0] in weights:
@@ -464,9 +468,9 @@ def layers_of(proto: Any) -> dict[str, list[str]]:
         if detector and not node.name.startswith("network/"):
             continue
         named = [node.input[1]]  # of a product that the exporter turned the weights of, the bias alone tells
-        following = users.get(node.output[0])
-        if following is not None and following.op_type == "Add":
-            named += [value for value in following.input if value in weights]
+        for following in users.get(node.output[0], []):
+            if following.op_type == "Add":  # equal biases are stored once, under the name of one of them
+                named += [value for value in following.input if value in weights and len(users[value]) == 1]
         module = next((name.rpartition(".")[0] for name in named if name.endswith((".weight", ".bias"))), node.name)
         layers.setdefault(module.removeprefix("network/"), []).append(node.name)
     return layers
@@ -612,23 +616,25 @@ def _parted(images: Sequence[np.ndarray]) -> tuple[_Part, _Part]:
     return _Part(images, range(count)), _Part(images, range(count, len(images)))
 
 
+def _tables(proto: Any) -> list[Any]:
+    """The large float constants of a graph that are no weights of its layers."""
+    from onnx import TensorProto
+
+    weights = {name for node in proto.graph.node if node.op_type in _LINEAR for name in node.input[1:]}
+    return [item for item in proto.graph.initializer if item.data_type == TensorProto.FLOAT
+            and np.prod(item.dims) >= TABLE and item.name not in weights]
+
+
 def _shorten_tables(proto: Any) -> None:
     """Stores large float constants, such as tables of biases, in 8 bits: each with a node that makes it float again."""
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper, numpy_helper
 
-    taken: dict[str, int] = {}
     nodes = []
-    weights = {name for node in proto.graph.node if node.op_type in _LINEAR for name in node.input}
-    for item in list(proto.graph.initializer):
-        count = int(np.prod(item.dims))
-        if item.data_type != TensorProto.FLOAT or count < TABLE or item.name in weights or item.name.endswith("_scale"):
-            continue
-        values = numpy_helper.to_array(item)
+    for item in _tables(proto):
+        values, short = numpy_helper.to_array(item), f"{item.name}_quantized"
         scale = np.float32(np.abs(values).max() / 127)
         if not np.isfinite(scale) or not scale:
             continue
-        short = f"{item.name}_quantized"
-        taken[item.name] = count
         proto.graph.initializer.extend([
             numpy_helper.from_array(np.rint(values / scale).astype(np.int8), short),
             numpy_helper.from_array(np.array(scale), f"{short}_scale"),
