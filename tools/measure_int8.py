@@ -123,7 +123,8 @@ def _with_trained_head(name: str, size: int) -> nn.Module:
             model.forward_head(model.forward_features(data.images[part].expand(-1, 3, -1, -1)), pre_logits=True)
             for part in torch.tensor(data.train).split(32)])
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
-    fitted = LogisticRegression(C=0.01, max_iter=2000).fit(((features - mean) / std).numpy(), data.labels[data.train].numpy())
+    fitted = LogisticRegression(C=0.01, max_iter=2000).fit(
+        ((features - mean) / std).numpy(), data.labels[data.train].numpy())
     weight = torch.from_numpy(fitted.coef_).float() / std
     head = model.get_classifier()
     head = getattr(head, "linear", head)  # of EfficientViT's norm and linear layer

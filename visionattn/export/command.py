@@ -7,7 +7,7 @@ from typing import Any
 from ..tasks.rebuild import create_model
 from .formats import FORMATS, export_model
 from .onnx_file import OPSET, OPSETS, ExportReport
-from .quantize import ERROR_LIMIT, IMAGES, Calibration, QuantizeReport, quantize_onnx
+from .quantize import ERROR_LIMIT, IMAGES, Calibration, QuantizeReport, quantize_onnx, save_openvino
 
 __all__ = ["main", "print_quantization", "print_report"]
 
@@ -57,8 +57,8 @@ def main(argv: list[str]) -> None:
         size = (args.img_size[0], args.img_size[-1])
     if not args.model and not args.checkpoint:
         parser.error("give --model, or the --checkpoint of a run")
-    if args.int8 and (args.format != "onnx" or args.fp16):
-        parser.error("--int8 is made of ONNX files of float32: leave --format and --fp16 out")
+    if args.int8 and (args.format not in ("onnx", "openvino") or args.fp16):
+        parser.error("--int8 goes with --format onnx or openvino, and without --fp16")
     model = create_model(args.model, args.checkpoint, pretrained=args.pretrained, num_classes=args.num_classes)
     options: dict[str, Any] = dict(
         image_size=size, dynamic_size=args.dynamic_size, fuse=args.fuse, opset=args.opset, preprocess=args.preprocess,
@@ -70,7 +70,10 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = export_model(model, Path(folder, "float.onnx"), **options)
         images = Calibration(report.path, args.int8, args.int8_images)
-        quantized = quantize_onnx(report.path, out, images)
+        if args.format == "openvino":
+            quantized = save_openvino(report.path, out, images)
+        else:
+            quantized = quantize_onnx(report.path, out, images)
     print_report(report._replace(path=Path(out), nodes=quantized.nodes, megabytes=quantized.megabytes))
     print_quantization(quantized)
 

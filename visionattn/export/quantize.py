@@ -27,7 +27,8 @@ from ..runtime.pixels import Decoding
 from ..runtime.say import say
 from .graph import graphs
 
-__all__ = ["ERROR_LIMIT", "IMAGES", "Calibration", "QuantizeReport", "quantize_onnx", "quantize_openvino"]
+__all__ = ["ERROR_LIMIT", "IMAGES", "Calibration", "QuantizeReport", "quantize_onnx", "quantize_openvino",
+           "save_openvino"]
 
 ERROR_LIMIT = 0.1  # of the answers: root mean square of the difference from float, as a share of that of the answers
 IMAGES, FEWEST = 128, 8  # that calibrate, and that a folder must hold at least
@@ -240,6 +241,18 @@ def quantize_openvino(
     said = quantization_facts("nncf", chosen.kept, len(network.layers), error, len(network.calibrating))
     model.set_rt_info(json.dumps(said), ["visionattn", "quantization"])
     return model, _report(network, network.runner(model), chosen, len(model.get_ops()))
+
+
+def save_openvino(source: Path, out: str | Path, images: Sequence[np.ndarray]) -> QuantizeReport:
+    """Writes what :func:`quantize_openvino` makes of a file: ``out`` (.xml) and its weights beside it (.bin)."""
+    import openvino
+
+    model, report = quantize_openvino(source, images)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, out)
+    size = out.stat().st_size + out.with_suffix(".bin").stat().st_size
+    return report._replace(megabytes=size / 2 ** 20, size_ratio=size / source.stat().st_size)
 
 
 def read_facts(proto: Any) -> dict[str, Any]:
