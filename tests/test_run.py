@@ -274,12 +274,23 @@ def image_of(shape, value=0.5, dtype=np.float32):
     (None, "NoneType is nothing that can be looked at"),
     ([b"a"], "image 0: bytes is nothing"),
     ("nothing.png", "nothing.png does not exist"),
+    ("a" * 5000, " ... cannot be opened: File name too long"),
 ])
 def test_what_is_no_image(source, words, top):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         Predictor(top / "classification.onnx")(source)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"BM6\0\x06\0a", "a.txt is no list of files: its byte 4 is no text"),
+    (b"b.png\n..\n", "a.txt names .., a folder: a list names files"),
+])
+def test_lists_that_are_none(content, words, top, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Predictor(top / "classification.onnx")(tmp_path / "a.txt")
 
 
 def test_files_that_are_no_images(top, tmp_path, said):
@@ -550,7 +561,7 @@ def test_files_that_are_not_ours_or_lie(top, tmp_path):
 # docs/runtime.md
 
 DOCS = (Path(__file__).parent.parent / "docs" / "runtime.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", DOCS, flags=re.DOTALL)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", DOCS.partition("## In the browser")[0], flags=re.DOTALL)  # test_browser
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The images that a command names: files, folders, patterns and lists, each once, and what their results are called."""
 import glob
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -49,12 +50,12 @@ def find_inputs(arguments: Sequence[str], without: Iterable[Path] = ()) -> list[
         if webcam_of(argument) is not None:
             found = [path]
         elif argument == "-":
-            found = _listed(sys.stdin.buffer.read(), Path())
+            found = _listed(sys.stdin.buffer.read(), Path(), "the standard input")
         elif path.is_dir():
             found = find_images(path)
             tops.append(path)
         elif path.is_file() and path.suffix.lower() == ".txt":
-            found = _listed(path.read_bytes(), path.parent)
+            found = _listed(path.read_bytes(), path.parent, argument)
         elif os.path.lexists(path):
             found = [path]
         elif glob.has_magic(argument):
@@ -90,11 +91,16 @@ def _with_parents(file: Path) -> list[Path]:
     return [path, *path.parents]
 
 
-def _listed(content: bytes, folder: Path) -> list[Path]:
+def _listed(content: bytes, folder: Path, what: str) -> list[Path]:
     """The files of a list, also those that do not exist."""
+    if wrong := re.search(rb"[\x01-\x08\x0b\x0c\x0e-\x1f]", content):
+        raise ValueError(f"{what} is no list of files: its byte {wrong.start()} is no text")
     names = content.split(b"\0") if b"\0" in content else content.removeprefix(b"\xef\xbb\xbf").splitlines()
     paths = [Path(os.fsdecode(name)) for name in names if name.strip()]
-    return [folder / path if not os.path.lexists(path) and os.path.lexists(folder / path) else path for path in paths]
+    paths = [folder / path if not os.path.lexists(path) and os.path.lexists(folder / path) else path for path in paths]
+    if folders := [path for path in paths if not path.name or path.name == ".."]:
+        raise ValueError(f"{what} names {folders[0]}, a folder: a list names files")
+    return paths
 
 
 def _named(files: list[Path], top: str) -> list[Input]:

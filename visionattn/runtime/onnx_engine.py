@@ -358,7 +358,8 @@ def _session(file: Path, provider: str) -> Any:
     if kind != "cpu":
         chosen.append(PROVIDERS["cpu"])
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=chosen)
+        # Its fallback would print lines of its own and open the file a second time.
+        session = onnxruntime.InferenceSession(str(file), options, providers=chosen, enable_fallback=0)
     except Exception as error:  # of classes of its own
         raise ValueError(f"{file} cannot be opened as an ONNX file: {_first_line(error)}") from error
     if name not in session.get_providers():

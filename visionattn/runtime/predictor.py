@@ -14,7 +14,7 @@ from .onnx_engine import OnnxEngine
 from .pixels import picture_of
 from .prepare import AnyImage, image_size
 from .results import Result
-from .sources import Item, items_of, opened
+from .sources import Item, items_of, opened, shown
 from .tiles import detect_in_tiles, label_in_tiles
 from .writers import Results, open_results
 
@@ -254,7 +254,7 @@ class Runner(BasePredictor):
 
 
 def _named(item: Item, fault: str) -> str:
-    return f"{item.file or 'the image'} cannot be used: {fault}"
+    return f"{shown(item.file) or 'the image'} cannot be used: {fault}"
 
 
 def _ahead(read: Callable[[Item], Any], items: Iterable[Item], count: int) -> Iterator[Any]:

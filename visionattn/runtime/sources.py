@@ -8,14 +8,16 @@ import numpy as np
 from PIL import Image
 
 from .inputs import Input, find_inputs
+from .pictures import printable
 from .pixels import Decoding
 from .prepare import AnyImage
 from .video import frames, is_video, webcam_of
 
-__all__ = ["Item", "items_of", "opened", "with_frames"]
+__all__ = ["Item", "items_of", "opened", "shown", "with_frames"]
 
 KINDS = ("a file, folder, pattern, list of files, video, Pillow image, array [height, width, 3] of uint8, tensor "
          "[3, height, width], or a list or generator of these")
+LONGEST = 300  # characters of a name in a message
 
 
 class Item(NamedTuple):
@@ -83,16 +85,27 @@ def opened(item: Item, decoding: Decoding) -> AnyImage:
     return decoding.picture(source) if isinstance(source, Image.Image) else decoding.values(source)
 
 
+def shown(name: str) -> str:
+    """A name as messages show it: on one line, its end cut off if it is long."""
+    name = printable(name)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]} ..."
+
+
 def _of_path(name: str) -> tuple[Literal["one", "many", "stream"], Iterator[Item]]:
     if "://" in name:
-        raise ValueError(f"{name} is a URL: download it and give the file")
+        raise ValueError(f"{shown(name)} is a URL: download it and give the file")
     path = Path(name)
+    try:
+        path.lstat()
+    except (OSError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError):
+            raise ValueError(f"{shown(name)} cannot be opened: {getattr(error, 'strerror', error)}") from None
     if is_video(path) and (path.is_file() or webcam_of(name) is not None):
         return "stream", _frames_of(name)
     if path.is_dir() or path.suffix.lower() == ".txt" or (not path.exists() and glob.has_magic(name)):
         return "many", (item for one in find_inputs([name]) for item in _of_file(one.file))
     if not path.exists():
-        raise FileNotFoundError(f"{name} does not exist")
+        raise FileNotFoundError(f"{shown(name)} does not exist")
     return "one", iter([Item(name, path)])
 
 
