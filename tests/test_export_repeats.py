@@ -30,19 +30,21 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Blocks, of which some repeat others, between an embedding and a classifier."""
 
-    def __init__(self, *blocks, looks_inside=False, numbers=()):
+    def __init__(self, *blocks, looks_inside=False, numbers=(), maps=False):
         super().__init__()
         self.embed, self.blocks, self.head = nn.Conv2d(3, 8, 4, 4), nn.ModuleList(blocks), nn.Linear(8, 5)
-        self.looks_inside, self.numbers, self.num_classes = looks_inside, numbers, 5
+        self.looks_inside, self.numbers, self.maps, self.num_classes = looks_inside, numbers, maps, 5
         self.pretrained_cfg = {"input_size": (3, 16, 16)}
 
     def forward(self, x):
         x = self.embed(x).flatten(2).transpose(1, 2)
+        found = []
         for block in self.blocks:
             x = block(x, *self.numbers)
+            found.append(x)
             if self.looks_inside:
                 x = x + block.linear.bias
-        return self.head(x.mean(1))
+        return found if self.maps else self.head(x.mean(1))
 
 
 def answers(path, images):
@@ -89,6 +91,13 @@ def test_the_file_is_that_of_the_whole(net, tmp_path, monkeypatch):
         weight.name for weight in other.initializer if "linear" in weight.name}
     assert [value.name for value in one.input] == ["images"]
     assert [value.name for value in one.output] == ["logits"]
+
+
+def test_answers_of_blocks_are_maps_of_the_file(tmp_path):
+    net = Net(Block(), Block(), Block(2), maps=True).eval()
+    net.num_classes = 0
+    export_onnx(net, tmp_path / "maps.onnx")
+    assert [value.name for value in onnx.load(tmp_path / "maps.onnx").graph.output] == ["map_0", "map_1", "map_2"]
 
 
 def test_a_deep_model_is_captured_in_its_kinds(tmp_path: Path, monkeypatch):

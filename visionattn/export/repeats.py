@@ -79,6 +79,7 @@ class Repeats(nn.Module):
         images, *inputs = graph.inputs
         examples, weights = inputs[:len(self.kinds)], inputs[len(self.kinds):]
         answers = [graph.outputs.pop() for _ in self.kinds][::-1]
+        names = [value.name for value in graph.outputs]
         places = {node.attributes["place"].as_int(): node for node in graph if node.op_type == PLACEHOLDER}
         parts = [_nodes_to(answer, graph) for answer in answers]
         place = 0
@@ -95,6 +96,8 @@ class Repeats(nn.Module):
                 node.outputs[0].replace_all_uses_with(values[answer], replace_graph_outputs=True)
                 graph.remove(node, safe=True)
                 place += 1
+        for value, name in zip(graph.outputs, names, strict=True):
+            value.name = name  # a block's answer may be the network's too
         for value in examples:
             value.replace_all_uses_with(images)
         for node in reversed([node for part in parts for node in part]):
