@@ -311,6 +311,7 @@ def test_bench_ops_refuses_what_it_cannot_do(capsys):
     assert "no case of the chosen ops has that name" in error
 
 
+@pytest.mark.slow
 def test_bench_export_times_what_is_right_and_writes_a_table_and_a_picture(monkeypatch, tmp_path, capsys):
     def export_another(model, file):
         """Of the second model other weights, whose logits are not eager's."""

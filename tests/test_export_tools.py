@@ -22,6 +22,7 @@ def answers(model, images):
     return session.run(None, {session.get_inputs()[0].name: images})[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_files_go_through_tools(name, options, tmp_path):
     import onnxslim

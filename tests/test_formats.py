@@ -171,11 +171,11 @@ def test_simplified_and_in_float16(model, tmp_path, capsys):
     assert [x.type for x in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float)"] * 2
 
 
-def test_opset_17(tmp_path):
+def test_opset_17(model, tmp_path):
     """Reductions and splits are written as that opset writes them."""
     torch.manual_seed(0)
-    model = timm.create_model("test_efficientvit_cga", num_classes=5)
-    report = export.export_model(model, tmp_path / "model.onnx", image_size=(64, 64), opset=17)
+    split = timm.create_model("test_efficientvit_cga", num_classes=5)
+    report = export.export_model(split, tmp_path / "model.onnx", image_size=(64, 64), opset=17)
     assert report.opset == 17
     nodes = onnx.load(report.path).graph.node
     assert "Split" in {node.op_type for node in nodes}
