@@ -60,13 +60,14 @@ def _optimise(program: Any) -> None:
 
 def _fold(model: Any) -> None:
     """Computes what hangs on weights and constants alone, and leaves out what is there twice or for nothing."""
-    from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass, NameFixPass
     from onnxscript import optimizer
 
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
     DeduplicateInitializersPass(size_limit=_TABLE)(model)  # tables that blocks have in common
     CommonSubexpressionEliminationPass()(model)
+    NameFixPass()(model)  # folding may name two values alike
 
 
 def graphs(graph: Any) -> Iterator[Any]:
