@@ -433,11 +433,15 @@ def _onnx_name(op: Any) -> str:
 
 
 def _has_short_weights(op: Any) -> bool:
-    """Whether the weights of one of OpenVINO's operators are stored in 8 bits, behind whatever makes them float."""
+    """Whether one of OpenVINO's operators computes with weights of 8 bits.
+
+    They are stored so or, of depthwise convolutions, as float numbers that a node makes ones of 8 bits.
+    """
     source = op.input_value(1).get_node()
-    while source.get_type_name() != "Constant" and source.get_input_size():
+    while source.get_type_name() not in ("Constant", "FakeQuantize") and source.get_input_size():
         source = source.input_value(0).get_node()
-    return source.get_type_name() == "Constant" and source.get_element_type().get_size() == 1
+    return source.get_type_name() == "FakeQuantize" or (
+        source.get_type_name() == "Constant" and source.get_element_type().get_size() == 1)
 
 
 def _sort(graph: Any) -> None:
