@@ -10,7 +10,7 @@ from PIL import Image
 
 from visionattn import export
 from visionattn.export import Calibration, quantize_onnx, quantize_openvino
-from visionattn.export.quantize import layers_of
+from visionattn.export.quantizable import layers_of
 from visionattn.tasks import SegmentationTask
 
 from .test_export import detection_task, run

@@ -6,6 +6,7 @@ file has both.
 import argparse
 import csv
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     return report_faults(faults, rows.count + len(faults), out.parent / "left_out_embed.csv")
 
 
-class _Table:
+class _Table(ABC):
     """Rows of a file, some of which are kept until they are written."""
 
     def __init__(self, out: Path):
@@ -85,8 +86,9 @@ class _Table:
         if len(self.rows) == _GROUP:
             self.flush()
 
+    @abstractmethod
     def flush(self) -> None:
-        raise NotImplementedError
+        """Writes the rows that are kept."""
 
     def close(self) -> None:
         self.flush()

@@ -1,5 +1,4 @@
 """Models in PyTorch as predictors use them: those of training runs, and timm's by their names."""
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +11,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from .data.dense_transforms import resize_shorter, to_image
-from .export.facts import facts
+from .export.facts import facts, resize_rule
 from .runtime.engine import Engine, Meaning
 from .runtime.pixels import Decoding
 from .runtime.prepare import AnyImage, image_size, normalised, resize_and_crop, scaled_size
@@ -81,20 +80,18 @@ class RunEngine(_TorchEngine):
             self.batch_size = BATCH_SIZE
         self.meaning = self.task.meaning
         self.decoding = Decoding(**self.settings.get("decoding") or {}).check()
+        side = self.settings.get("image_size") or 0  # of a classifier
+        self.resize = resize_rule(self.task.model, self.meaning.task, [side, side], self.settings, {})
         self.task.to(self.device)
 
     def prepare(self, image: AnyImage) -> Any:
         """As validation does: a classifier's ``[C, S, S]`` normalised, others in [0, 1] on the CPU."""
         settings = self.settings
         if isinstance(self.task, ClassificationTask):
-            side = settings["image_size"]
-            rule = {"interpolation": settings["interpolation"], "centre_crop": [side, side],
-                    "shorter_side": math.floor(side / settings["crop_pct"])}
-            return normalised(resize_and_crop(image, rule), settings["mean"], settings["std"])
+            return normalised(resize_and_crop(image, self.resize), settings["mean"], settings["std"])
         if isinstance(self.task, SegmentationTask):
-            sides = settings["short_side"], settings["max_size"]
-            scaled_size(image_size(image), {"shorter_side": sides[0], "longest_side": sides[1]})
-            return to_image(resize_shorter(_tensor(image), *sides))
+            scaled_size(image_size(image), self.resize)  # refuses what would become huge
+            return to_image(resize_shorter(_tensor(image), settings["short_side"], settings["max_size"]))
         return to_image(_tensor(image))
 
     def answer(self, prepared: list[Any], sizes: list[tuple[int, int]], threshold: float | None) -> list[Any]:

@@ -23,6 +23,7 @@ import torch
 import visionattn
 
 from ..export import export_onnx
+from ..export.check import Check, relative, undecided
 from ..models import families
 from .machine import cpu_name, figure, version
 
@@ -32,7 +33,6 @@ EXPORT_FORMS = ("eager", "compiled", "onnxruntime", "openvino")
 BATCHES = (1, 8)  # whose latency and whose throughput is measured
 _PEERS = ("swin_tiny_patch4_window7_224", "efficientvit_m5")  # timm's
 _TOLERANCE = 1e-3  # of logits, as a share of the largest: a route may hang on rounding
-_TRIES = 4  # changes of an image, to see whether eager is decided on it
 _WORKER = Path(__file__).with_name("export_worker.py")
 
 
@@ -104,16 +104,16 @@ def benchmark_export(
     return rows
 
 
-def _decided(model: Any, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """A random image on which eager's own logits do not jump, as routes do, when it changes by a millionth."""
+def _decided(check: Check, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Random images, without those on which eager's own logits jump, as routes do, when they change by a millionth."""
+    images = torch.randn(*shape, generator=generator)
     for _ in range(10):
-        image = torch.randn(1, *shape, generator=generator)
-        others = [image * (1 + 1e-6 * torch.randn(image.shape, generator=generator)) for _ in range(_TRIES)]
         with torch.inference_mode():
-            logits, *near = (model(one) for one in (image, *others))
-        if max((one - logits).abs().max() for one in near) <= _TOLERANCE * logits.abs().max():
+            torn = undecided(check, images, check.answer(images))
+        if not torn.any():
             break
-    return image
+        images[torn] = torch.randn(int(torn.sum()), *shape[1:], generator=generator)
+    return images
 
 
 def _files(name: str, forms: Sequence[str], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -125,10 +125,10 @@ def _files(name: str, forms: Sequence[str], folder: Path) -> tuple[dict[str, str
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    check = Check(lambda images: (model(images),), relative, torch.randn, [], _TOLERANCE)
     generator = torch.Generator().manual_seed(1)
     for batch in BATCHES:
-        shape = session.get_inputs()[0].shape[1:]
-        images = torch.cat([_decided(model, shape, generator) for _ in range(batch)])
+        images = _decided(check, [batch, *session.get_inputs()[0].shape[1:]], generator)
         with torch.inference_mode():
             logits = model(images)
         for kind, x in (("images", images), ("logits", logits)):

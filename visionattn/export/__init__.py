@@ -11,8 +11,9 @@ width]``.
 from .command import main, print_report
 from .facts import weights_sha256
 from .formats import FORMATS, export_model
-from .onnx_file import ExportReport, export_onnx
+from .onnx_file import export_onnx
 from .quantize import Calibration, QuantizeReport, quantize_onnx, quantize_openvino
+from .report import ExportReport
 
 __all__ = ["FORMATS", "Calibration", "ExportReport", "QuantizeReport", "export_model", "export_onnx", "main",
            "print_report", "quantize_onnx", "quantize_openvino", "weights_sha256"]

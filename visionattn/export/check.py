@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 __all__ = ["IMAGES", "TOLERANCE", "Answers", "Check", "Run", "agreement", "apart", "blocks", "compare", "judge",
-           "latencies", "onnx_runner", "photographs", "relative"]
+           "latencies", "onnx_runner", "photographs", "relative", "undecided"]
 
 TOLERANCE = 1e-4  # largest difference from eager, as a share of the answers' scale
 IMAGES = 3  # of a detector's check; of the others' checks the images of the second batch
@@ -58,10 +58,10 @@ def compare(check: Check, run: Run) -> tuple[float, int, int]:
             # Routing is discrete, and so is what a detector keeps: on a tie, rounding alone decides. Only images on
             # which eager's own answer jumps under a perturbation of rounding size are excused, and other images must
             # agree instead.
-            undecided = _undecided(check, images, expected)
-            if (difference > check.tolerance)[~undecided].any():
+            torn = undecided(check, images, expected)
+            if (difference > check.tolerance)[~torn].any():
                 break
-            ties += int(undecided.sum())
+            ties += int(torn.sum())
         worst = max(worst, difference.max().item())
         rows += len(expected[0])
     return worst, ties, rows
@@ -155,7 +155,7 @@ def _samples() -> list[Tensor]:
     return [torch.from_numpy(np.array(photo)).movedim(-1, 0) / 255 for photo in load_sample_images().images]
 
 
-def _undecided(check: Check, images: Tensor, expected: Answers, tries: int = 8) -> Tensor:
+def undecided(check: Check, images: Tensor, expected: Answers, tries: int = 8) -> Tensor:
     """Whether each image's answers jump when the image changes by what rounding may do to it."""
     with torch.inference_mode():
         jumps = [check.difference(check.answer(images * (1 + check.rounding * torch.randn_like(images))), expected)

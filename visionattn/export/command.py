@@ -6,8 +6,9 @@ from typing import Any
 
 from ..tasks.rebuild import create_model
 from .formats import FORMATS, export_model
-from .onnx_file import OPSET, OPSETS, ExportReport
+from .onnx_file import OPSET, OPSETS
 from .quantize import ERROR_LIMIT, IMAGES, Calibration, QuantizeReport, quantize_onnx, save_openvino
+from .report import ExportReport
 
 __all__ = ["main", "print_quantization", "print_report"]
 

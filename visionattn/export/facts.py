@@ -12,7 +12,7 @@ from ..heads import Segmenter
 from ..heads.detector import DETECTORS
 from ..weights import imagenet_names
 
-__all__ = ["describe", "facts", "timm_model", "weights_sha256"]
+__all__ = ["describe", "facts", "is_detector", "resize_rule", "timm_model", "weights_sha256"]
 
 
 def facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     else:
         mean, std = (config.get(key) or [value] for key, value in (("mean", 0.), ("std", 1.)))
         found |= {"mean": run.get("_mean", list(mean)), "std": run.get("_std", list(std))}
-    found["resize"] = _resize(model, found["task"], size, settings, config)
+    found["resize"] = resize_rule(model, found["task"], size, settings, config)
     if settings.get("decoding"):
         found["decoding"] = settings["decoding"]
     names = _class_names(model, run, found["task"])
@@ -91,6 +91,36 @@ def describe(found: dict[str, Any]) -> dict[str, str]:
     return said | {"logits": f"classes {names}: {meaning}"}
 
 
+def resize_rule(
+        model: Any, task: str, size: list[int], settings: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """How images of other sizes are brought to a model's, as validation does it: ``resize`` of the metadata.
+
+    Args:
+        model: Of detection the detector, which resizes itself; of other tasks it is not looked at.
+        task: As the metadata have it.
+        size: Height and width of a classifier's images.
+        settings: A run's image settings; empty of a published model.
+        config: A published model's ``pretrained_cfg``.
+    """
+    if task == "detection":
+        transform = model.transform
+        return {"inside": True, "shorter_side": transform.min_size[-1], "longest_side": transform.max_size}
+    if task == "segmentation":
+        wanted = {"shorter_side": settings.get("short_side"), "longest_side": settings.get("max_size")}
+        return {"interpolation": "bilinear"} | {key: value for key, value in wanted.items() if value}
+    rule = settings or config
+    within = [math.floor(side / (rule.get("crop_pct") or 1.)) for side in size]
+    said = {"interpolation": rule.get("interpolation") or "bicubic", "centre_crop": size}
+    if not settings and config.get("crop_mode") == "squash":
+        return said | {"sides": within}
+    return said | {"shorter_side": min(within)}
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether it is one of torchvision's detectors."""
+    return isinstance(model, tuple(DETECTORS.values()))
+
+
 def timm_model(model: Any) -> Any:
     """The timm model in a segmenter or a detector; others are one themselves."""
     return next((module.model for module in model.modules() if isinstance(module, DenseBackbone)), model)
@@ -113,7 +143,7 @@ def weights_sha256(model: nn.Module) -> str:
 def _task(model: Any) -> str:
     if isinstance(model, Segmenter):
         return "segmentation"
-    if isinstance(model, tuple(DETECTORS.values())):
+    if is_detector(model):
         return "detection"
     return "classification" if getattr(model, "num_classes", 0) else "features"
 
@@ -125,23 +155,6 @@ def _class_names(model: Any, run: dict[str, Any], task: str) -> list[str]:
     if run and task == "detection":
         return [str(label) for label in range(1, 1 + run["num_classes"])]
     return [] if run or task != "classification" else imagenet_names(model)
-
-
-def _resize(
-        model: Any, task: str, size: list[int], settings: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """How images of other sizes are brought to that of the file, as validation does it."""
-    if task == "detection":
-        transform = model.transform
-        return {"inside": True, "shorter_side": transform.min_size[-1], "longest_side": transform.max_size}
-    if task == "segmentation":
-        wanted = {"shorter_side": settings.get("short_side"), "longest_side": settings.get("max_size")}
-        return {"interpolation": "bilinear"} | {key: value for key, value in wanted.items() if value}
-    rule = settings or config
-    within = [math.floor(side / (rule.get("crop_pct") or 1.)) for side in size]
-    said = {"interpolation": rule.get("interpolation") or "bicubic", "centre_crop": size}
-    if not settings and config.get("crop_mode") == "squash":
-        return said | {"sides": within}
-    return said | {"shorter_side": min(within)}
 
 
 def _selection(detector: Any) -> dict[str, Any]:

@@ -4,15 +4,11 @@ ONNX Runtime, OpenVINO and TensorRT get the ONNX model of :mod:`.onnx_file`; PyT
 and Core ML get the program that torch.export captures. A file of the latter three takes one image at a time, as
 runtimes of phones do.
 """
-import contextlib
-import io
 import json
-import logging
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .check import Check, Run, compare, judge, latencies, onnx_runner
-from .facts import describe, facts, weights_sha256
-from .graph import explained, graphs
-from .onnx_file import OPSET, ExportReport, export_onnx, needed, onnx_model, values_of
-from .source import MULTIPLE, Source, is_detector, plain, source_of
+from .check import Check, Run, onnx_runner
+from .facts import describe, facts, is_detector, weights_sha256
+from .graph import explained, graphs, silent
+from .onnx_file import OPSET, export_onnx, needed, onnx_model, values_of
+from .report import ExportReport, megabytes, removed_if_wrong, report_on
+from .source import MULTIPLE, Source, plain, source_of
 from .tensorrt import TENSORRT, lacking
 
 __all__ = ["FORMATS", "export_model"]
@@ -72,8 +69,7 @@ def export_model(
     if kind.convert is None:
         return _captured(model, out, format, image_size, dynamic_size, fuse, options)
     proto, check = onnx_model(model, image_size, dynamic_size, fuse, **options)
-    report = kind.convert(proto, check, out)
-    return report if is_detector(model) else report._replace(detections=None)
+    return kind.convert(proto, check, out)
 
 
 class _Format(NamedTuple):
@@ -107,32 +103,22 @@ def _captured(
     if kind.one_image:
         source = source._replace(images=source.images[:1].contiguous(), free={})
     assert kind.write is not None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with explained(f"format {format} cannot have this model"), _silent():
+    with removed_if_wrong(out):
+        with explained(f"format {format} cannot have this model"), silent():
             kind.write(source, json.dumps(found), out)
-        return _report(source.check, out, kind, _values(source, describe(found)))._replace(detections=None)
-    except BaseException:
-        _remove(out)
-        raise
+        return _report(source.check, out, kind, _values(source, describe(found)))
 
 
 def _report(check: Check, out: Path, kind: "_Format", values: list[str], note: str = "") -> ExportReport:
     """Compares a file with eager and says how it did."""
-    size = sum(path.stat().st_size for path in _files(out)) / 2 ** 20
     if kind.runner is None:
-        return ExportReport(out, 0.0, None, size, None, 0, None, values, check.tolerance, None, None, runtime="",
-                            note="not run: Core ML runs on Apple's systems alone; inputs and outputs were checked")
-    with explained("the exported file cannot be run beside PyTorch, and was removed"), _silent():
-        run = kind.runner(out)
-        if kind.one_image:
-            run = _one_by_one(run)
-        difference, ties, rows = compare(check, run)
-    judge(difference, check.tolerance)
-    with _silent():
-        own, eager = latencies(check, run)
-    return ExportReport(out, difference, None, size, None, ties, rows, values, check.tolerance, own, eager,
-                        runtime=kind.runtime, note=note)
+        return ExportReport(
+            out, 0.0, None, megabytes(out), None, 0, None, values, check.tolerance, None, None, runtime="",
+            note="not run: Core ML runs on Apple's systems alone; inputs and outputs were checked")
+    open_file = kind.runner
+    runner = (lambda path: _one_by_one(open_file(path))) if kind.one_image else open_file
+    with silent():
+        return report_on(out, check, runner, values, kind.runtime, note)
 
 
 def _one_by_one(run: Run) -> Run:
@@ -176,9 +162,8 @@ def _openvino(proto: Any, check: Check, out: Path) -> ExportReport:
     import onnx
     import openvino
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with explained("OpenVINO cannot convert this model"), tempfile.TemporaryDirectory() as folder, _silent():
+    with removed_if_wrong(out):
+        with explained("OpenVINO cannot convert this model"), tempfile.TemporaryDirectory() as folder, silent():
             file = Path(folder, "model.onnx")
             onnx.save(proto, str(file))
             model = openvino.convert_model(file)
@@ -186,9 +171,6 @@ def _openvino(proto: Any, check: Check, out: Path) -> ExportReport:
                 model.set_rt_info(item.value, [METADATA, item.key])
             openvino.save_model(model, out, compress_to_fp16=False)
         return _report(check, out, FORMATS["openvino"], values_of(proto))
-    except BaseException:
-        _remove(out)
-        raise
 
 
 def _run_openvino(path: Path) -> Run:
@@ -209,15 +191,11 @@ def _tensorrt(proto: Any, check: Check, out: Path) -> ExportReport:
         reasons.append("no Transpose of bytes (leave preprocess out)")
     if reasons:
         raise RuntimeError(f"TensorRT {TENSORRT} lacks what this model needs: {'; '.join(reasons)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(proto, str(out))
-    try:
+    with removed_if_wrong(out):
+        onnx.save(proto, str(out))
         return _report(
             check, out, FORMATS["tensorrt"], values_of(proto),
             f"no engine was built, which needs NVIDIA's GPU: trtexec --onnx={out.name} --saveEngine={out.stem}.engine")
-    except BaseException:
-        _remove(out)
-        raise
 
 
 # What is made from the captured program
@@ -332,43 +310,6 @@ def _write_coreml(source: Source, found: str, out: Path) -> None:
 def _arrays(answers: Any) -> list[np.ndarray]:
     """The outputs of a captured program as arrays."""
     return [x.detach().numpy() for x in (answers if isinstance(answers, (list, tuple)) else [answers])]
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of an exported model."""
-    if path.is_dir():
-        return [inner for inner in path.rglob("*") if inner.is_file()]
-    return [file for file in (path, path.with_suffix(".bin") if path.suffix == ".xml" else None)
-            if file is not None and file.exists()]
-
-
-def _remove(path: Path) -> None:
-    """Removes what was written of an exported model."""
-    for file in _files(path):
-        file.unlink()
-    if path.is_dir():
-        shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Within the context nothing is printed, by converters' native code either, or logged below errors."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    before = logging.root.manager.disable
-    try:
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(io.StringIO()), \
-                contextlib.redirect_stderr(io.StringIO()):
-            os.dup2(nothing.fileno(), 1)
-            os.dup2(nothing.fileno(), 2)
-            logging.disable(logging.WARNING)
-            yield
-    finally:
-        logging.disable(before)
-        for number, copy in zip((1, 2), kept, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
 
 
 FORMATS: dict[str, _Format] = {

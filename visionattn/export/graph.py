@@ -1,7 +1,11 @@
 """PyTorch's models as ONNX graphs, and what is read of such graphs."""
+import io
+import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
 import torch
@@ -10,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .repeats import find_repeats
 
-__all__ = ["explained", "graph_of", "graphs", "lengths"]
+__all__ = ["explained", "graph_of", "graphs", "lengths", "silent"]
 
 _TABLE = 1 << 20  # elements of the largest constants that are looked at for equal ones
 
@@ -96,6 +100,28 @@ def explained(failure: str) -> Iterator[None]:
             yield
     except Exception as error:
         raise RuntimeError(f"{failure}: {_first_line(error)}") from error
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within the context nothing is printed, by converters' native code either, warned of, or logged below errors."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    before = logging.root.manager.disable
+    try:
+        with open(os.devnull, "w") as nothing, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), \
+                warnings.catch_warnings():
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+            logging.disable(logging.WARNING)
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        for number, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def _first_line(error: BaseException) -> str:

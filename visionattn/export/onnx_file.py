@@ -5,45 +5,27 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from .check import Check, agreement, blocks, compare, judge, latencies, onnx_runner, photographs
+from .check import Check, blocks, onnx_runner, photographs
 from .detector import detector_graph
-from .facts import describe, facts, weights_sha256
+from .facts import describe, facts, is_detector, weights_sha256
 from .graph import explained, graph_of, graphs, lengths
 from .photos import photo_part, prepend
-from .source import is_detector, plain, source_of
+from .report import ExportReport, removed_if_wrong, report_on
+from .source import plain, source_of
 
-__all__ = ["OPSET", "OPSETS", "ExportReport", "export_onnx", "needed", "onnx_model", "values_of"]
+__all__ = ["OPSET", "OPSETS", "export_onnx", "needed", "onnx_model", "values_of"]
 
 OPSET, OPSETS = 20, range(17, 24)  # the usual one, and those that a file may have
 _WRITTEN = 18  # the oldest that PyTorch writes
 _FP16_TOLERANCE = 2e-2  # largest difference of float16 from eager's float32, as a share of the answers' scale
 _FLOAT32_ALWAYS = ["ScatterElements"]  # beyond onnxruntime's own list: its CPU provider has no float16 kernel
-
-
-class ExportReport(NamedTuple):
-    """What an export produced and how its answers compare with eager PyTorch."""
-
-    path: Path
-    difference: float  # largest absolute difference, as a share of the answers' scale (see export_onnx)
-    nodes: int | None  # of an ONNX file
-    megabytes: float
-    opset: int | None  # of an ONNX file
-    ties: int  # images redrawn because eager itself was undecided on them
-    detections: int | None  # that were compared, of a detector
-    values: list[str]  # the inputs and outputs in words, a line each
-    limit: float  # of the difference
-    milliseconds: float | None  # of the file with one image; None if it cannot be run here
-    eager_milliseconds: float | None  # of PyTorch
-    agreement: float | None = None  # of float16: the share of images or pixels of the same class
-    runtime: str = "onnxruntime"  # what ran the file
-    note: str = ""  # what was not checked, or is left to do
 
 
 def export_onnx(
@@ -95,22 +77,11 @@ def export_onnx(
     import onnx
 
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(proto, str(out))
-    onnx.checker.check_model(str(out))
-    try:
-        with explained("the exported file cannot be run beside PyTorch, and was removed"):
-            run = onnx_runner(out)
-            difference, ties, rows = compare(check, run)
-        judge(difference, check.tolerance)
-        own, eager = latencies(check, run)
-    except BaseException:
-        out.unlink()
-        raise
-    return ExportReport(
-        out, difference, sum(len(graph.node) for graph in graphs(proto.graph)), out.stat().st_size / 2 ** 20,
-        _opset(proto), ties, rows if is_detector(model) else None, values_of(proto), check.tolerance, own, eager,
-        agreement(check, run) if fp16 else None)
+    with removed_if_wrong(out):
+        onnx.save(proto, str(out))
+        onnx.checker.check_model(str(out))
+        report = report_on(out, check, onnx_runner, values_of(proto), "onnxruntime", classes=fp16)
+    return report._replace(nodes=sum(len(graph.node) for graph in graphs(proto.graph)), opset=_opset(proto))
 
 
 def onnx_model(

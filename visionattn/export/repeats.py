@@ -144,7 +144,7 @@ def find_repeats(model: nn.Module, images: Tensor) -> Repeats | None:
         else:
             alike.append(_Kind([member], _answer(member, member)))
     repeated = [kind.members for alike in kinds.values() for kind in alike if len(kind.members) > 1]
-    inner = tuple(f"{members[0].path}." for members in repeated) + tuple(repeating)
+    inner = tuple(f"{members[0].path}." for members in repeated)
     outermost = [[member for member in members if not member.path.startswith(inner)] for members in repeated]
     outermost = [members for members in outermost if len(members) > 1]
     return Repeats(model, outermost) if outermost else None

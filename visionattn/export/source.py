@@ -8,12 +8,11 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from ..heads import Segmenter
-from ..heads.detector import DETECTORS
 from .check import IMAGES, Check, photographs, relative
 from .facts import timm_model
 from .graph import explained
 
-__all__ = ["MULTIPLE", "Source", "is_detector", "plain", "source_of"]
+__all__ = ["MULTIPLE", "Source", "plain", "source_of"]
 
 MULTIPLE, MOST = 32, 4096  # of free image sizes: multiples of the one, up to the other
 
@@ -32,11 +31,6 @@ def plain(model: nn.Module, fuse: bool) -> Any:
     """A copy of a model as it is exported: float32 on the CPU, in eval mode; with norms folded if ``fuse`` says so."""
     model = copy.deepcopy(model).cpu().float().eval()
     return reparameterize_model(model, inplace=True) if fuse else model
-
-
-def is_detector(model: nn.Module) -> bool:
-    """Whether it is one of torchvision's detectors."""
-    return isinstance(model, tuple(DETECTORS.values()))
 
 
 def source_of(model: Any, image_size: tuple[int, int] | None, dynamic_size: bool) -> Source:

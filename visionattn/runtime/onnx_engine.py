@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .engine import Engine, Meaning
-from .pictures import Patch
+from .pictures import Patch, patch_of
 from .pixels import Decoding
 from .prepare import (
     FILTERS,
@@ -17,6 +17,7 @@ from .prepare import (
     fitted,
     image_size,
     linear,
+    neighbours,
     normalised,
     resize_and_crop,
     scaled_size,
@@ -377,16 +378,11 @@ def _probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
 
 def _argmax_of_rows(logits: np.ndarray, height: int) -> np.ndarray:
     """The largest of the classes ``[classes, h, W]`` at ``height`` rows, some of which are made at a time."""
-    before = logits.shape[1]
     labels = np.empty((height, logits.shape[2]), np.uint8)
-    scale = np.float32(before / height)
     step = max(1, (1 << 24) // (logits.shape[0] * logits.shape[2]))
     for start in range(0, height, step):
-        rows = np.arange(start, min(start + step, height), dtype=np.float32)
-        place = ((rows + np.float32(0.5)) * scale - np.float32(0.5)).clip(0)
-        low = np.minimum(place.astype(np.int64), before - 1)
-        share = (place - low).astype(np.float32)[:, None]
-        part = logits[:, low] * (1 - share) + logits[:, np.minimum(low + 1, before - 1)] * share
+        low, high, share = neighbours(np.arange(start, min(start + step, height)), height, logits.shape[1])
+        part = logits[:, low] * (1 - share[:, None]) + logits[:, high] * share[:, None]
         labels[start:start + step] = part.argmax(axis=0)
     return labels
 
@@ -406,12 +402,8 @@ def _patch(mask: np.ndarray, box: np.ndarray, scale: tuple[float, float], size: 
         across = [mask[:, place] for place in columns]
         part = across[0] * (1 - beside) + across[1] * beside
         part = part[rows[0]] * (1 - below[:, None]) + part[rows[1]] * below[:, None]
-    inside = part > 0.5
-    lines, sides = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    if not len(lines):
-        return Patch(np.zeros((0, 0), bool), 0, 0)
-    inside = inside[lines[0]:lines[-1] + 1, sides[0]:sides[-1] + 1].copy()
-    return Patch(inside, left + int(sides[0]), top + int(lines[0]))
+    patch = patch_of(part > 0.5)
+    return patch._replace(left=left + patch.left, top=top + patch.top) if patch.mask.size else patch
 
 
 def _places(first: int, last: int, factor: float, length: int) -> tuple[list[np.ndarray], np.ndarray]:

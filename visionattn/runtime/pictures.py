@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["PALETTE", "Patch", "draw_classes", "draw_label_map", "draw_objects", "patches", "printable",
-           "voc_colors"]
+__all__ = ["PALETTE", "Patch", "draw_classes", "draw_label_map", "draw_objects", "patch_of", "patches",
+           "printable", "voc_colors"]
 
 PALETTE = [
     (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
@@ -34,7 +34,7 @@ class Patch(NamedTuple):
 
 def patches(masks: np.ndarray) -> list[Patch]:
     """The patches of ``masks [N, H, W]`` of bools."""
-    return [_patch(mask) for mask in masks]
+    return [patch_of(mask) for mask in masks]
 
 
 def draw_objects(image: Image.Image, found: dict[str, Any], names: Sequence[str]) -> Image.Image:
@@ -104,22 +104,25 @@ def draw_classes(image: Image.Image, classes: Sequence[tuple[str, float]]) -> Im
 
 def voc_colors() -> list[tuple[int, int, int]]:
     """Red, green and blue of 256 labels, as PASCAL VOC colours them: the label's bits, dealt to the high bits."""
-    return [tuple(sum(((label >> 3 * bit + channel) & 1) << 7 - bit for bit in range(8))  # type: ignore[misc]
-                  for channel in range(3)) for label in range(256)]
+    def value(label: int, channel: int) -> int:
+        return sum(((label >> 3 * bit + channel) & 1) << 7 - bit for bit in range(8))
+
+    return [(value(label, 0), value(label, 1), value(label, 2)) for label in range(256)]
+
+
+def patch_of(mask: np.ndarray) -> Patch:
+    """The part of a mask ``[H, W]`` that holds all of it."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return Patch(np.zeros((0, 0), bool), 0, 0)
+    top, left = int(rows[0]), int(columns[0])
+    return Patch(mask[top:rows[-1] + 1, left:columns[-1] + 1].copy(), left, top)
 
 
 def printable(name: str) -> str:
     """A name on one line, with what is no text as escapes."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
                    for char in name.encode("utf-8", "backslashreplace").decode("utf-8"))
-
-
-def _patch(mask: np.ndarray) -> Patch:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return Patch(np.zeros((0, 0), bool), 0, 0)
-    top, left = int(rows[0]), int(columns[0])
-    return Patch(mask[top:rows[-1] + 1, left:columns[-1] + 1].copy(), left, top)
 
 
 def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:

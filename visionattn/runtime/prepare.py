@@ -4,8 +4,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-__all__ = ["FILTERS", "AnyImage", "fitted", "image_size", "linear", "normalised", "resize_and_crop", "scaled_size",
-           "shares"]
+__all__ = ["FILTERS", "AnyImage", "fitted", "image_size", "linear", "neighbours", "normalised", "resize_and_crop",
+           "scaled_size", "shares"]
 
 AnyImage: TypeAlias = Image.Image | np.ndarray  # in RGB, or [channels, H, W] float32 in [0, 1] of other channels
 
@@ -106,15 +106,17 @@ def linear(x: np.ndarray, height: int, width: int) -> np.ndarray:
         before = x.shape[axis]
         if length == before:
             continue
-        place = ((np.arange(length, dtype=np.float32) + np.float32(0.5)) * np.float32(before / length)
-                 - np.float32(0.5)).clip(0)
-        low = np.minimum(place.astype(np.int64), before - 1)
-        share = (place - low).astype(np.float32)
+        low, high, share = neighbours(np.arange(length), length, before)
         share = share[:, None] if axis == -2 else share
-        near = x.take(low, axis)
-        far = x.take(np.minimum(low + 1, before - 1), axis)
-        x = near * (1 - share) + far * share
+        x = x.take(low, axis) * (1 - share) + x.take(high, axis) * share
     return x
+
+
+def neighbours(places: np.ndarray, length: int, before: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of places on an axis of ``length``, once ``before``: the old ones on both sides, and the second one's share."""
+    place = ((places.astype(np.float32) + np.float32(0.5)) * np.float32(before / length) - np.float32(0.5)).clip(0)
+    low = np.minimum(place.astype(np.int64), before - 1)
+    return low, np.minimum(low + 1, before - 1), (place - low).astype(np.float32)
 
 
 def _resized(

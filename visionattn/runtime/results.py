@@ -1,4 +1,5 @@
 """What a model says of one image, as plain arrays with names: one small class a task."""
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ _DRAWN = 3  # classes below a picture
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Result(ABC):
     """What all results have.
 
     Attributes:
@@ -34,9 +35,9 @@ class Result:
         """Width and height of the image, in pixels."""
         return self.image.size
 
+    @abstractmethod
     def plot(self) -> Image.Image:
         """The image with what was found in it."""
-        raise NotImplementedError
 
     def save(self, path: str | Path) -> Path:
         """Writes :meth:`plot` to a file, of the format that its ending says; makes the folder.
