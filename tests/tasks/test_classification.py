@@ -249,3 +249,79 @@ def test_weights_of_another_model_end_in_one_line(backbone, tmp_path):
     with pytest.raises(ValueError, match=r"source\.pth") as caught:
         _task(backbone=backbone, num_classes=3, checkpoint_path=str(tmp_path / "source.pth"), model_args=None)
     assert "\n" not in str(caught.value)
+
+
+def _rates(task, trainer, **kwargs):
+    """The learning rate of every step of a run."""
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer(callbacks=[Watch()], limit_val_batches=0, **kwargs).fit(task, _digits())
+    return rates
+
+
+def test_learning_rate_is_scaled_by_the_images_of_a_step(trainer, caplog):
+    arguments = dict(lr=1e-3, lr_batch=64, warmup_lr=5e-4, warmup_epochs=1, min_lr=1e-4, cooldown_epochs=1)
+    with caplog.at_level("INFO"):
+        rates = _rates(_task(**arguments), trainer, max_epochs=3, limit_train_batches=2, accumulate_grad_batches=2)
+    # 32 images a step, 64 are asked for; the first step is of the warm-up, the last of the cool-down.
+    assert rates[::2] == pytest.approx([2.5e-4, 5e-4, 5e-5])
+    (line,) = [record.getMessage() for record in caplog.records if "learning rate is" in record.getMessage()]
+    assert "0.0005: 0.001 is for 64 images a step, and here they are 32" in line
+
+
+def test_linear_schedule(trainer):
+    rates = _rates(_task(lr=1e-3, schedule="linear", min_lr=0.0), trainer, max_epochs=1, limit_train_batches=4)
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_adaptive_clipping_bounds_gradients_by_weights(trainer):
+    shares = {}
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, task, *_):
+            for name, parameter in task.model.named_parameters():
+                if parameter.ndim > 1:
+                    gradient, weight = (x.detach().flatten(1).norm(dim=1) for x in (parameter.grad, parameter))
+                    shares[name] = (gradient / weight.clamp(min=1e-3)).max().item()
+
+    task = _task(clip_agc=1e-4, lr=0.0)
+    trainer(limit_train_batches=1, limit_val_batches=0, callbacks=[Watch()]).fit(task, _digits())
+    assert shares.pop(f"{HEAD}.weight") > 1e-3  # which is not clipped
+    assert max(shares.values()) == pytest.approx(1e-4, rel=1e-3)
+    with pytest.raises(ValueError, match="choose one"):
+        trainer(gradient_clip_val=1.0).fit(_task(clip_agc=0.01), _digits())
+
+
+def test_binary_cross_entropy_wants_every_class_of_a_mixed_image():
+    task = _task(bce=True, label_smoothing=0.0)
+    logits = torch.randn(2, 10)
+    mixed = torch.zeros(2, 10)
+    mixed[0, [1, 4]], mixed[1, 7] = torch.tensor([0.7, 0.3]), 1.0
+    expected = -torch.where(mixed > 0, logits.sigmoid(), 1 - logits.sigmoid()).log().mean()
+    assert task._training_loss(logits, mixed).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert task._training_loss(logits, torch.tensor([1, 7])).item() == pytest.approx(
+        task._training_loss(logits, (torch.arange(10) == torch.tensor([[1], [7]])).float()).item())
+
+
+def test_compiled_and_channels_last_runs_train_the_same_and_keep_their_names(trainer, tmp_path, monkeypatch):
+    weights, compiles = [], []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiles.append(1) or compile_(
+        *args, backend="eager", **kwargs))
+    for arguments in ({}, {"compile": True, "channels_last": True}):
+        pl.seed_everything(0)
+        task = _task(backbone="test_resnet", **arguments)
+        run = trainer(limit_train_batches=1, limit_val_batches=0, enable_checkpointing=False)
+        run.fit(task, _digits())
+        run.save_checkpoint(tmp_path / "run.ckpt")
+        weights.append(_weights(tmp_path / "run.ckpt"))
+        conv = task.model.conv1[0].weight
+        assert conv.is_contiguous(memory_format=torch.channels_last) == bool(arguments)
+    assert len(compiles) == 1
+    assert list(weights[0]) == list(weights[1])
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-4)

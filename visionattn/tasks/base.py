@@ -4,6 +4,7 @@ import math
 import os
 import random
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,23 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from timm.utils.agc import adaptive_clip_grad
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..runtime.engine import Meaning
 from ..runtime.say import say
 from ..runtime.writers import open_results
 from .findings import Findings, Mistakes
 from .freezing import Freezing
+from .optim import check_optimizer, make_optimizer
 from .run_folder import Moved, relocated
 
 __all__ = ["Task", "check_arguments"]
 
 
 class Task(pl.LightningModule):
-    """A LightningModule whose hyper-parameters ``args`` hold ``ema_decay`` among others."""
+    """A LightningModule whose hyper-parameters ``args`` hold those of the optimiser and ``ema_decay`` among others."""
 
     model: Any  # what is trained and what checkpoints are of
     args: Any  # what the constructor was given, by name
@@ -37,6 +41,34 @@ class Task(pl.LightningModule):
         if self.args.ema_decay is None or self.trainer.state.fn != "fit":
             return []
         return [WeightAveraging(multi_avg_fn=_MovingAverage(self.args.ema_decay))]
+
+    def setup(self, stage: str) -> None:
+        """Before a fit: brings the weights into the order of channels that is asked for, and compiles what trains."""
+        if stage != "fit":
+            return
+        if self.args.clip_agc is not None and self.trainer.gradient_clip_val is not None:
+            raise ValueError("model.init_args.clip_agc and trainer.gradient_clip_val were both given; choose one")
+        if self.args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if self.args.compile:
+            for part in self.compiled():
+                part.compile()
+
+    def compiled(self) -> list[nn.Module]:
+        """What a training step calls of the model and can be compiled."""
+        return [self.model]
+
+    def configure_gradient_clipping(
+            self, optimizer: Optimizer, gradient_clip_val: float | None = None,
+            gradient_clip_algorithm: str | None = None) -> None:
+        """Clips as the trainer says or, with ``clip_agc``, by the norm of the weights; a classifier's head is not."""
+        if self.args.clip_agc is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        head = self.model.get_classifier() if hasattr(self.model, "get_classifier") else None
+        exempt = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+        adaptive_clip_grad(
+            [parameter for parameter in self.model.parameters() if id(parameter) not in exempt], self.args.clip_agc)
 
     def on_train_epoch_start(self) -> None:
         """Seeds by the run's seed and the epoch, as an uninterrupted run would; frees the layers whose turn it is."""
@@ -119,6 +151,41 @@ class Task(pl.LightningModule):
         """Names of the classes; their numbers if they have none."""
         return self.args.class_names or [str(label) for label in range(self.args.num_classes)]
 
+    def optimizer_of(self, model: nn.Module, heads: Iterable[nn.Module] = ()) -> Optimizer:
+        """What trains ``model`` and ``heads``, at the learning rate for the total batch."""
+        args = self.args
+        return make_optimizer(args.optimizer, model, args.lr * self._batch_ratio(), args.weight_decay, args.betas,
+                              args.layer_decay, heads, args.optimizer_args)
+
+    def _batch_ratio(self) -> float:
+        """The factor on ``lr`` of a total batch that is not ``lr_batch``."""
+        if self.args.lr_batch is None:
+            return 1.0
+        trainer: Any = self.trainer
+        trainer.fit_loop.setup_data()  # so that the loader is there
+        size = getattr(trainer.train_dataloader, "batch_size", None) or getattr(trainer.datamodule, "batch_size", None)
+        if size is None:
+            raise ValueError("lr_batch needs the batch size, and the training data does not say it: leave lr_batch out")
+        total = size * trainer.world_size * trainer.accumulate_grad_batches
+        lr = self.args.lr * total / self.args.lr_batch
+        say(f"The learning rate is {lr:g}: {self.args.lr:g} is for {self.args.lr_batch} images a step, and here they "
+            f"are {total} ({size} a batch, {trainer.world_size} processes, {trainer.accumulate_grad_batches} batches "
+            "a step).")
+        return total / self.args.lr_batch
+
+    def of_peak(self, lr: float | None) -> float:
+        """A learning rate as a share of ``lr``, with which it is scaled."""
+        return (lr or 0.0) / self.args.lr if self.args.lr else 0.0
+
+    def start_ratio(self) -> float | None:
+        """The share of ``lr`` that the warm-up starts at; None for that of a step."""
+        return None if self.args.warmup_lr is None else self.of_peak(self.args.warmup_lr)
+
+    def epoch_steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+
     def training_steps(self) -> int:
         """Optimiser steps of the whole run, for a schedule that ends with it."""
         steps = self.trainer.estimated_stepping_batches
@@ -176,11 +243,17 @@ class _MovingAverage:
             torch._foreach_copy_(averages, weights)
 
 
-def check_arguments(num_classes: int, least: int, class_names: list[str] | None, ema_decay: float | None) -> None:
-    """Raises a ValueError for arguments that no task can take."""
-    if num_classes < least:
-        raise ValueError(f"num_classes must be at least {least}, got {num_classes}")
-    if class_names is not None and len(class_names) != num_classes:
-        raise ValueError(f"{len(class_names)} class names were given for {num_classes} classes")
-    if ema_decay is not None and not 0 < ema_decay < 1:
-        raise ValueError(f"ema_decay must lie between 0 and 1, got {ema_decay}")
+def check_arguments(args: Any, least: int) -> None:
+    """Raises a ValueError for arguments that no task can take, ``args``, of one that has ``least`` classes."""
+    if args.num_classes < least:
+        raise ValueError(f"num_classes must be at least {least}, got {args.num_classes}")
+    if args.class_names is not None and len(args.class_names) != args.num_classes:
+        raise ValueError(f"{len(args.class_names)} class names were given for {args.num_classes} classes")
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie between 0 and 1, got {args.ema_decay}")
+    check_optimizer(args.optimizer, args.betas)
+    for name in ("lr_batch", "clip_agc"):
+        if args[name] is not None and args[name] <= 0:
+            raise ValueError(f"{name} must be positive, got {args[name]}")
+    if args.warmup_lr is not None and not 0 <= args.warmup_lr <= args.lr:
+        raise ValueError(f"warmup_lr must lie between 0 and lr ({args.lr:g}), got {args.warmup_lr:g}")

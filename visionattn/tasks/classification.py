@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
@@ -23,7 +23,7 @@ from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
 from .freezing import Freezing, below_head, check_unfreezing
 from .multilabel import MultilabelScores, average_precisions, best_thresholds, threshold_scores
-from .optim import adamw, cosine_with_warmup
+from .optim import cosine_with_warmup, poly_with_warmup
 
 __all__ = ["ClassificationTask"]
 
@@ -51,12 +51,21 @@ class ClassificationTask(Task):
         model_args: More arguments of ``timm.create_model``.
         in_chans: Channels of the images.
         drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
-        lr: Peak learning rate, for the batch size as it is (it is not scaled).
+        optimizer: Any of timm's by its name (``timm.optim.list_optimizers()``): ``adamw``, ``lamb``, ``muon``, ...
+        optimizer_args: More arguments of the optimiser, such as ``{momentum: 0.95}``.
+        lr: Peak learning rate, for the batch size as it is, unless ``lr_batch`` says of which it is.
+        lr_batch: Images a step that ``lr``, ``warmup_lr`` and ``min_lr`` are for: they are scaled by the total batch
+            (batch size times devices times accumulated batches) over it; None for no scaling.
         weight_decay: Of weights; biases, norms and bias tables have none.
-        betas: Of AdamW.
+        betas: Of the optimiser; None for its own.
         layer_decay: Factor on the learning rate from each layer to the one before it; None for one rate.
         warmup_epochs: Epochs of linear warm-up; fractions count. It takes a third of the run at most.
-        min_lr: Learning rate that the cosine ends at.
+        warmup_lr: Learning rate that the warm-up starts from; None for ``lr`` divided by its steps.
+        schedule: ``cosine`` or ``linear``, from the warm-up's end to the cool-down.
+        min_lr: Learning rate that it ends at.
+        cooldown_epochs: Last epochs of the run, all of them at ``min_lr``; a third of it at most.
+        bce: Train by binary cross-entropy, the mean over images and classes, in place of cross-entropy (DeiT III,
+            arXiv 2204.07118): every class that a mixed image is of is wanted as a whole. ``val/loss`` stays what it is.
         label_smoothing: Share of the target spread over all classes; with ``multi_label``, between 0 and 1.
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off.
@@ -64,6 +73,10 @@ class ClassificationTask(Task):
         ema_decay: Decay per step of the moving average of the weights, less in the first steps. The average is what is
             validated and tested; a checkpoint holds it as ``state_dict`` and the raw weights beside it. None keeps no
             average.
+        clip_agc: Clip each gradient by this share of the norm of its weights (adaptive gradient clipping, arXiv
+            2102.06171), but the classifier's; None leaves clipping to the trainer.
+        channels_last: Keep weights and maps with their channels last in memory, which GPUs' convolutions like.
+        compile: Train through ``torch.compile``.
         multi_label: Images have any number of classes; the command line takes it from the data.
         class_weights: What each class weighs in the training loss, or ``balanced``: the inverse of its share of the
             training images. With ``multi_label`` it weighs the images that have the class against those that do not;
@@ -88,28 +101,38 @@ class ClassificationTask(Task):
             model_args: dict[str, Any] | None = None,
             in_chans: int = 3,
             drop_path_rate: float | None = None,
+            optimizer: str = "adamw",
+            optimizer_args: dict[str, Any] | None = None,
             lr: float = 1e-3,
+            lr_batch: int | None = None,
             weight_decay: float = 0.05,
-            betas: tuple[float, float] = (0.9, 0.999),
+            betas: tuple[float, float] | None = None,
             layer_decay: float | None = None,
             warmup_epochs: float = 5.0,
+            warmup_lr: float | None = None,
+            schedule: Literal["cosine", "linear"] = "cosine",
             min_lr: float = 1e-5,
+            cooldown_epochs: float = 0.0,
+            bce: bool = False,
             label_smoothing: float = 0.1,
             mixup: float = 0.0,
             cutmix: float = 0.0,
             mixup_switch_prob: float = 0.5,
             ema_decay: float | None = None,
+            clip_agc: float | None = None,
+            channels_last: bool = False,
+            compile: bool = False,
             multi_label: bool = False,
             class_weights: list[float] | Literal["balanced"] | None = None,
             frozen: bool = False,
             unfreeze_epochs: int | None = None,
     ):
         super().__init__()
-        check_arguments(num_classes, 2, class_names, ema_decay)
-        _check_weights(class_weights, num_classes)
-        check_unfreezing(unfreeze_epochs, frozen, "frozen set to true")
         self.save_hyperparameters()
         self.args = self.hparams
+        check_arguments(self.args, 2)
+        _check_weights(class_weights, num_classes)
+        check_unfreezing(unfreeze_epochs, frozen, "frozen set to true")
         args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
@@ -138,6 +161,7 @@ class ClassificationTask(Task):
 
     def setup(self, stage: str) -> None:
         """Takes ``balanced`` class weights from the training images; says what it starts from if that is nothing."""
+        super().setup(stage)
         if stage != "fit":
             return
         if self.args.class_weights == "balanced":
@@ -160,15 +184,18 @@ class ClassificationTask(Task):
         self.thresholds = checkpoint["hyper_parameters"].get("_thresholds") or self.thresholds
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its schedule, stepped once an optimiser step."""
+        """The optimiser and its schedule, stepped once an optimiser step."""
         args = self.args
-        optimizer = adamw(self.model, args.lr, args.weight_decay, args.betas, args.layer_decay)
+        optimizer = self.optimizer_of(self.model)
         steps = self.training_steps()
-        self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
-        epoch_steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        schedule = cosine_with_warmup(
-            optimizer, steps, self.warmup_steps(args.warmup_epochs * epoch_steps, steps),
-            args.min_lr / args.lr if args.lr else 0.0)
+        epoch_steps = self.epoch_steps()
+        falling = steps - min(round(args.cooldown_epochs * epoch_steps), steps // 3)
+        common: Any = dict(warmup_steps=self.warmup_steps(args.warmup_epochs * epoch_steps, steps),
+                           min_lr_ratio=self.of_peak(args.min_lr), start_ratio=self.start_ratio())
+        if args.schedule == "linear":
+            schedule = poly_with_warmup(optimizer, falling, **common)
+        else:
+            schedule = cosine_with_warmup(optimizer, falling, **common)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -310,6 +337,11 @@ class ClassificationTask(Task):
         if self.args.multi_label:
             targets = targets.float() * (1 - smoothing) + smoothing / 2
             return binary_cross_entropy_with_logits(logits, targets, pos_weight=weight)
+        if self.args.bce:
+            classes = logits.shape[1]
+            wanted = (targets if targets.ndim == 2 else one_hot(targets, classes)) > 0
+            return binary_cross_entropy_with_logits(
+                logits, wanted.float() * (1 - smoothing) + smoothing / classes, pos_weight=weight)
         return cross_entropy(logits, targets, weight, label_smoothing=smoothing)
 
     def _log_scores(self, split: str, metric: MultilabelScores) -> dict[str, Any]:

@@ -1,5 +1,4 @@
 """Object detection and instance masks: any backbone under torchvision's detectors, measured by COCO's AP."""
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -7,7 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics import SumMetric
 from torchmetrics.detection import MeanAveragePrecision
@@ -24,7 +23,7 @@ from .base import Task, check_arguments
 from .findings import Findings, Sums, class_rows
 from .freezing import Freezing, check_unfreezing
 from .matching import MATCHED, match_objects
-from .optim import adamw, cosine_with_warmup, steps_with_warmup
+from .optim import cosine_with_warmup, steps_with_warmup
 
 __all__ = ["DetectionTask"]
 
@@ -69,15 +68,24 @@ class DetectionTask(Task):
         detector_args: More arguments of torchvision's detector.
         class_metrics: Test metrics have the average precision of each class.
         picture_score: Least score of what ``predict`` draws; its JSON has all detections.
-        lr: Peak learning rate, for the batch size as it is (it is not scaled).
+        optimizer: Any of timm's by its name (``timm.optim.list_optimizers()``): ``adamw``, ``lamb``, ``muon``, ...
+        optimizer_args: More arguments of the optimiser, such as ``{momentum: 0.95}``.
+        lr: Peak learning rate, for the batch size as it is, unless ``lr_batch`` says of which it is.
+        lr_batch: Images a step that ``lr``, ``warmup_lr`` and ``min_lr`` are for: they are scaled by the total batch
+            (batch size times devices times accumulated batches) over it; None for no scaling.
         weight_decay: Of weights; biases, norms and bias tables have none.
-        betas: Of AdamW.
+        betas: Of the optimiser; None for its own.
         layer_decay: Factor on the learning rate from each layer of the backbone to the one before it.
         schedule: ``step``: a tenth of the rate from each of the milestones on; ``cosine`` over the whole run.
         milestones: Epochs; fractions count.
         warmup_steps: Optimiser steps of linear warm-up, a third of the run at most.
+        warmup_lr: Learning rate that the warm-up starts from; None for ``lr`` divided by its steps.
         min_lr: Learning rate that the cosine ends at.
         ema_decay: Decay per step of the moving average of the weights, which is then what is validated and tested.
+        clip_agc: Clip each gradient by this share of the norm of its weights (adaptive gradient clipping, arXiv
+            2102.06171); None leaves clipping to the trainer.
+        channels_last: Keep weights and maps with their channels last in memory, which GPUs' convolutions like.
+        compile: Train through ``torch.compile`` (the backbone and its pyramid).
     """
 
     monitor = "val/box_map"  # what the best checkpoint is best in
@@ -107,23 +115,30 @@ class DetectionTask(Task):
             detector_args: dict[str, Any] | None = None,
             class_metrics: bool = False,
             picture_score: float = 0.5,
+            optimizer: str = "adamw",
+            optimizer_args: dict[str, Any] | None = None,
             lr: float = 1e-4,
+            lr_batch: int | None = None,
             weight_decay: float = 0.05,
-            betas: tuple[float, float] = (0.9, 0.999),
+            betas: tuple[float, float] | None = None,
             layer_decay: float | None = None,
             schedule: Literal["step", "cosine"] = "step",
             milestones: list[float] = [8, 11],  # noqa: B006 - the command line shows it as it is; never changed
             warmup_steps: int = 500,
+            warmup_lr: float | None = None,
             min_lr: float = 0.0,
             ema_decay: float | None = None,
+            clip_agc: float | None = None,
+            channels_last: bool = False,
+            compile: bool = False,
     ):
         super().__init__()
-        check_arguments(num_classes, 1, class_names, ema_decay)
+        self.save_hyperparameters()
+        self.args = self.hparams
+        check_arguments(self.args, 1)
         check_unfreezing(unfreeze_epochs, frozen_stages, "frozen_stages at 1 or more")
         if schedule not in ("step", "cosine"):
             raise ValueError(f"schedule must be step or cosine, got {schedule!r}")
-        self.save_hyperparameters()
-        self.args = self.hparams
         args = dict(model_args or {}) | ({} if in_chans == 3 else {"in_chans": in_chans})
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
@@ -146,23 +161,23 @@ class DetectionTask(Task):
         return self.model(images)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its schedule, stepped once an optimiser step."""
+        """The optimiser and its schedule, stepped once an optimiser step."""
         args = self.args
         pyramid = self.model.backbone
         heads = [module for name, module in self.model.named_children() if name != "backbone"]
-        optimizer = adamw(
-            pyramid.body.model, args.lr, args.weight_decay, args.betas, args.layer_decay,
-            [pyramid.body.norms, pyramid.fpn, *heads])
+        optimizer = self.optimizer_of(pyramid.body.model, [pyramid.body.norms, pyramid.fpn, *heads])
         steps = self.training_steps()
         warmup = self.warmup_steps(args.warmup_steps, steps)
         if args.schedule == "cosine":
-            schedule = cosine_with_warmup(optimizer, steps, warmup, args.min_lr / args.lr if args.lr else 0.)
+            schedule = cosine_with_warmup(optimizer, steps, warmup, self.of_peak(args.min_lr), self.start_ratio())
         else:
-            self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
-            epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-            schedule = steps_with_warmup(
-                optimizer, [round(milestone * epoch) for milestone in args.milestones], warmup)
+            milestones = [round(milestone * self.epoch_steps()) for milestone in args.milestones]
+            schedule = steps_with_warmup(optimizer, milestones, warmup, start_ratio=self.start_ratio())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def compiled(self) -> list[nn.Module]:
+        """The backbone and its pyramid: the rest depends on what is found."""
+        return [self.model.backbone]
 
     def training_step(self, batch: Batch) -> Tensor:
         """Sum of the detector's losses of one batch and of those that the backbone adds."""

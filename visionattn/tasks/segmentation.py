@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -27,7 +27,7 @@ from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
 from .freezing import Freezing, check_unfreezing
 from .losses import SegmentationLoss
-from .optim import adamw, cosine_with_warmup, poly_with_warmup
+from .optim import cosine_with_warmup, poly_with_warmup
 
 __all__ = ["SegmentationTask"]
 
@@ -73,15 +73,24 @@ class SegmentationTask(Task):
         window_stride: Step between windows; None for two thirds of their side.
         test_scales: Test and predict with the mean probability over images resized by these factors.
         test_flip: Test and predict with mirrored images too.
-        lr: Peak learning rate, for the batch size as it is (it is not scaled).
+        optimizer: Any of timm's by its name (``timm.optim.list_optimizers()``): ``adamw``, ``lamb``, ``muon``, ...
+        optimizer_args: More arguments of the optimiser, such as ``{momentum: 0.95}``.
+        lr: Peak learning rate, for the batch size as it is, unless ``lr_batch`` says of which it is.
+        lr_batch: Images a step that ``lr``, ``warmup_lr`` and ``min_lr`` are for: they are scaled by the total batch
+            (batch size times devices times accumulated batches) over it; None for no scaling.
         weight_decay: Of weights; biases, norms and bias tables have none.
-        betas: Of AdamW.
+        betas: Of the optimiser; None for its own.
         layer_decay: Factor on the learning rate from each layer of the backbone to the one before it.
         schedule: ``poly`` or ``cosine``, over the whole run.
         poly_power: Exponent of ``poly``.
         warmup_steps: Optimiser steps of linear warm-up, a third of the run at most.
+        warmup_lr: Learning rate that the warm-up starts from; None for ``lr`` divided by its steps.
         min_lr: Learning rate that the schedule ends at.
         ema_decay: Decay per step of the moving average of the weights, which is then what is validated and tested.
+        clip_agc: Clip each gradient by this share of the norm of its weights (adaptive gradient clipping, arXiv
+            2102.06171); None leaves clipping to the trainer.
+        channels_last: Keep weights and maps with their channels last in memory, which GPUs' convolutions like.
+        compile: Train through ``torch.compile`` (the backbone and the head).
     """
 
     monitor = "val/miou"  # what the best checkpoint is best in
@@ -112,18 +121,27 @@ class SegmentationTask(Task):
             window_stride: int | None = None,
             test_scales: list[float] | None = None,
             test_flip: bool = False,
+            optimizer: str = "adamw",
+            optimizer_args: dict[str, Any] | None = None,
             lr: float = 6e-5,
+            lr_batch: int | None = None,
             weight_decay: float = 0.01,
-            betas: tuple[float, float] = (0.9, 0.999),
+            betas: tuple[float, float] | None = None,
             layer_decay: float | None = None,
             schedule: Literal["poly", "cosine"] = "poly",
             poly_power: float = 1.0,
             warmup_steps: int = 1500,
+            warmup_lr: float | None = None,
             min_lr: float = 0.0,
             ema_decay: float | None = None,
+            clip_agc: float | None = None,
+            channels_last: bool = False,
+            compile: bool = False,
     ):
         super().__init__()
-        check_arguments(num_classes, 2, class_names, ema_decay)
+        self.save_hyperparameters()
+        self.args = self.hparams
+        check_arguments(self.args, 2)
         check_unfreezing(unfreeze_epochs, frozen_stages, "frozen_stages at 1 or more")
         if num_classes > 255:
             raise ValueError(f"label maps have 8 bits and 255 labels at most, got {num_classes} classes")
@@ -137,8 +155,6 @@ class SegmentationTask(Task):
             raise ValueError(f"window_stride must lie between 1 and window ({window}), got {window_stride}")
         if test_scales is not None and (not test_scales or min(test_scales) <= 0):
             raise ValueError(f"test_scales must be positive factors, got {test_scales}")
-        self.save_hyperparameters()
-        self.args = self.hparams
         args = dict(model_args or {}) | ({} if in_chans == 3 else {"in_chans": in_chans})
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
@@ -180,17 +196,21 @@ class SegmentationTask(Task):
         return multi_scale(once, images, size, args.test_scales or [1.0], args.test_flip)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its schedule, stepped once an optimiser step."""
+        """The optimiser and its schedule, stepped once an optimiser step."""
         args, model = self.args, self.model
         heads = [head for head in (model.backbone.norms, model.head, model.auxiliary_head) if head is not None]
-        optimizer = adamw(model.backbone.model, args.lr, args.weight_decay, args.betas, args.layer_decay, heads)
-        steps, floor = self.training_steps(), args.min_lr / args.lr if args.lr else 0.0
+        optimizer = self.optimizer_of(model.backbone.model, heads)
+        steps, floor, start = self.training_steps(), self.of_peak(args.min_lr), self.start_ratio()
         warmup = self.warmup_steps(args.warmup_steps, steps)
         if args.schedule == "cosine":
-            schedule = cosine_with_warmup(optimizer, steps, warmup, floor)
+            schedule = cosine_with_warmup(optimizer, steps, warmup, floor, start)
         else:
-            schedule = poly_with_warmup(optimizer, steps, warmup, floor, args.poly_power)
+            schedule = poly_with_warmup(optimizer, steps, warmup, floor, args.poly_power, start)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def compiled(self) -> list[nn.Module]:
+        """The backbone and the heads, which a training step calls one by one."""
+        return [part for part in (self.model.backbone, self.model.head, self.model.auxiliary_head) if part is not None]
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss of one batch: the head's, the auxiliary head's, and the backbone's own."""
