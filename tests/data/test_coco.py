@@ -6,8 +6,10 @@ import pytest
 import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from torchvision import tv_tensors
 
 from visionattn.data import CocoData
+from visionattn.data.dense_transforms import detection_transform
 
 from .images import coco_content, truncate, write_image
 
@@ -312,3 +314,28 @@ def test_missing_files(tmp_path, content):
 def test_bad_arguments(tmp_path, content, kwargs, message):
     with pytest.raises(ValueError, match=message):
         _make(tmp_path, content, **kwargs)
+
+
+def test_detr_crops_take_a_part_of_every_second_image(tmp_path, content):
+    torch.manual_seed(0)
+    transform = detection_transform(None, None, 0.0, None, detr_crops=True)
+    picture = torch.arange(320 * 640).reshape(1, 320, 640).expand(3, -1, -1).float() / (320 * 640)
+    mask = torch.zeros(1, 320, 640, dtype=torch.uint8)
+    mask[0, 100:200, 200:400] = 1
+    sizes = set()
+    for _ in range(24):
+        image, target = transform(tv_tensors.Image(picture), {
+            "boxes": tv_tensors.BoundingBoxes([[200., 100, 400, 200]], format="XYXY", canvas_size=(320, 640)),
+            "masks": tv_tensors.Mask(mask), "labels": torch.ones(1, dtype=torch.int64), "area": torch.ones(1),
+            "iscrowd": torch.zeros(1, dtype=torch.int64)})
+        height, width = image.shape[-2:]
+        sizes.add((height, width))
+        assert (height, width) == (320, 640) or (384 <= height <= 600 and 384 <= width <= 600)
+        for box, object_ in zip(target["boxes"], target["masks"], strict=True):  # both were cut alike
+            ys, xs = torch.nonzero(object_, as_tuple=True)
+            edges = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+            torch.testing.assert_close(box.as_subclass(torch.Tensor), edges, atol=1.5, rtol=0)
+    assert (320, 640) in sizes
+    assert len(sizes) > 6
+    with pytest.raises(ValueError, match="choose one"):
+        _make(tmp_path, content, large_scale_jitter=64, detr_crops=True)

@@ -5,7 +5,7 @@ import lightning.pytorch as pl
 import pytest
 
 from visionattn.data import DigitScenesData
-from visionattn.data.loading import LoadedData
+from visionattn.data.loading import LoadedData, _EpochSampler
 
 
 class _Counts(pl.LightningModule):
@@ -44,3 +44,25 @@ def test_epochs_of_few_images_have_the_least_number_of_batches(images, times, ba
 def test_a_bad_number_of_batches_is_refused():
     with pytest.raises(ValueError, match="min_batches must be 1 or more, got 0"):
         LoadedData(batch_size=4, num_workers=0, seed=0, min_batches=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_repeated_augmentation_shows_some_images_several_times_on_different_processes(ranks):
+    samplers = [_EpochSampler(range(99), ranks, rank, seed=0, endless=False, repeats=3) for rank in range(ranks)]
+    epochs = []
+    for epoch in (0, 1, 0):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        epochs.append([list(sampler) for sampler in samplers])
+    assert epochs[0] == epochs[2] != epochs[1]
+    counts = Counter(index for part in epochs[0] for index in part)
+    assert set(counts.values()) == {3}
+    assert len(counts) == 33
+    if ranks == 3:
+        assert all(set(part) == set(counts) for part in epochs[0])
+    else:
+        assert epochs[0][0][0] == epochs[0][0][2]
+
+
+def test_repeats_of_fewer_images_than_processes():
+    assert [list(_EpochSampler(range(1), 4, rank, seed=0, endless=False, repeats=3)) for rank in range(4)] == [[0]] * 4

@@ -59,6 +59,7 @@ class ClassificationData(LoadedData):
         min_batches: Least number of training batches of an epoch.
         in_chans: Channels of the images.
         balanced_sampling: Draw training images so that every class comes equally often.
+        repeats: Times that an epoch shows an image, each time changed at random anew, and so many fewer images.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -73,12 +74,15 @@ class ClassificationData(LoadedData):
             auto_augment: str | None, random_erasing: float, interpolation: str, train_interpolation: str,
             crop_pct: float, mean: tuple[float, ...] | None, std: tuple[float, ...] | None,
             on_error: Literal["raise", "skip"], value_range: Literal["type", "file"] | tuple[float, float],
-            max_pixels: int, min_batches: int, in_chans: int, balanced_sampling: bool):
+            max_pixels: int, min_batches: int, in_chans: int, balanced_sampling: bool,
+            repeats: int = 1):
         super().__init__(batch_size, num_workers, seed, min_batches)
         Faults(root, on_error)  # complains about on_error
         self.on_error, self.verify, self.predict_root = on_error, verify, predict_root
         self.decoding = Decoding(value_range, max_pixels, in_chans).check()
-        self.in_chans, self.balanced_sampling = in_chans, balanced_sampling
+        if repeats < 1 or (repeats > 1 and balanced_sampling):
+            raise ValueError(f"repeats must be 1 or more, and 1 with balanced_sampling, got {repeats}")
+        self.in_chans, self.balanced_sampling, self.repeats = in_chans, balanced_sampling, repeats
         self.normalisation = means, stds = normalisation(mean, std, in_chans)
         self.image_settings = dict(
             image_size=image_size, interpolation=interpolation, crop_pct=crop_pct, mean=means, std=stds,
@@ -111,7 +115,8 @@ class ClassificationData(LoadedData):
     def train_dataloader(self) -> DataLoader:
         """Augmented training images, shuffled."""
         weights = self._sampling_weights() if self.balanced_sampling else None
-        return self._train_loader(self._images(self.samples["train"], self.train_transform), weights=weights)
+        return self._train_loader(
+            self._images(self.samples["train"], self.train_transform), weights=weights, repeats=self.repeats)
 
     def val_dataloader(self) -> DataLoader:
         """Validation images."""

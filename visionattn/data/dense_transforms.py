@@ -7,6 +7,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import query_size
 
 __all__ = ["IGNORE", "SegmentationTransform", "detection_transform", "resize_shorter", "to_image"]
 
@@ -18,7 +19,7 @@ CROPS = 10  # crops tried for one in which no class prevails
 
 def detection_transform(
         sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None,
-        channels: int = 3) -> v2.Transform:
+        channels: int = 3, detr_crops: bool = False) -> v2.Transform:
     """The training transform of ``(image, target)``.
 
     Args:
@@ -28,6 +29,8 @@ def detection_transform(
         large_scale_jitter: Side of the square image that a resize by 0.1 to 2 and a crop (or padding) lead to, in
             place of ``sizes``; None is off.
         channels: Of the images.
+        detr_crops: Half of the images are first resized to a shorter side of 400, 500 or 600, and cropped to a height
+            and a width between 384 and 600 (DETR, arXiv 2005.12872, section 4).
 
     Returns:
         Takes an image and a target whose ``boxes`` and ``masks`` are ``tv_tensors`` to the same in random size.
@@ -35,14 +38,33 @@ def detection_transform(
         together, also if none is left.
     """
     resize: list[v2.Transform] = []
+    if detr_crops:
+        resize = [v2.RandomApply([v2.RandomShortestSize([400, 500, 600]), _RandomSizeCrop(384, 600)])]
     if large_scale_jitter is not None:
         side = large_scale_jitter, large_scale_jitter
         fill: Any = {tv_tensors.Image: FILL if channels == 3 else MIDDLE, tv_tensors.Mask: 0}
         resize = [v2.ScaleJitter(side), v2.RandomCrop(side, pad_if_needed=True, fill=fill)]
     elif sizes is not None:
-        resize = [v2.RandomShortestSize(sizes, max_size)]
+        resize.append(v2.RandomShortestSize(sizes, max_size))
     return v2.Compose([*resize, v2.RandomHorizontalFlip(hflip), v2.ClampBoundingBoxes(),
                        v2.SanitizeBoundingBoxes(labels_getter=_per_object)])
+
+
+class _RandomSizeCrop(v2.Transform):
+    """Crops to a height and a width from ``least`` to ``most``, or the image's own where that is less."""
+
+    def __init__(self, least: int, most: int):
+        super().__init__()
+        self.least, self.most = least, most
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        size = query_size(flat_inputs)
+        crop = [min(int(torch.randint(self.least, self.most + 1, ())), side) for side in size]
+        top, left = (int(torch.randint(side - part + 1, ())) for side, part in zip(size, crop, strict=True))
+        return dict(top=top, left=left, height=crop[0], width=crop[1])
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.crop, inpt, **params)
 
 
 class SegmentationTransform:

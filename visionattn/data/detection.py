@@ -95,6 +95,8 @@ class DetectionData(LoadedData):
         hflip: Probability of a mirrored training image.
         large_scale_jitter: Side of square training images by a random resize of 0.1 to 2 and a crop, such as 1024
             (the detector's ``min_size`` and ``max_size`` should be the same); replaces ``train_sizes``. None is off.
+        detr_crops: Half of the training images are cropped at random before they are resized, as DETR's are; the
+            detector's list of ``min_size`` then does what is left of its multi-scale training.
         on_error: What to do with a record or file that cannot be used. ``raise``: stop and name it. ``skip``: leave it
             out (cut a box that reaches out of its image) and say how many there were of each kind; every image is
             decoded once for this.
@@ -119,10 +121,12 @@ class DetectionData(LoadedData):
             train_sizes: list[int] | None, max_size: int | None, hflip: float, large_scale_jitter: int | None,
             on_error: Literal["raise", "skip"], verify: bool, orientation: Literal["seen", "stored"],
             value_range: Literal["type", "file"] | tuple[float, float], max_pixels: int, min_batches: int,
-            class_names: list[str] | None, in_chans: int):
+            class_names: list[str] | None, in_chans: int, detr_crops: bool = False):
         super().__init__(batch_size, num_workers, seed, min_batches)
         if train_sizes is not None and (not train_sizes or min(train_sizes) < 1):
             raise ValueError(f"train_sizes must be one or more lengths in pixels, or null, got {train_sizes}")
+        if detr_crops and large_scale_jitter is not None:
+            raise ValueError("detr_crops and large_scale_jitter were both given; choose one")
         if orientation not in ("seen", "stored"):
             raise ValueError(f"orientation must be seen or stored, got {orientation!r}")
         self.root, self.masks, self.verify, self.on_error = Path(root), masks, verify, on_error
@@ -130,7 +134,7 @@ class DetectionData(LoadedData):
         self.decoding, self.in_chans = Decoding(value_range, max_pixels, in_chans).check(), in_chans
         self.image_settings = dict(decoding=self.decoding._asdict())
         self.predict_root = None if predict_root is None else Path(predict_root)
-        self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter, in_chans)
+        self.transform = detection_transform(train_sizes, max_size, hflip, large_scale_jitter, in_chans, detr_crops)
         self.collate = collate_detection
         Faults(root, on_error)  # complains about on_error
         self.known = list(class_names or [])  # with them, training data need not be there

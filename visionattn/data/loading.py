@@ -45,12 +45,15 @@ class LoadedData(pl.LightningDataModule):
         self.eval_batch_size = batch_size
         self.report = DataReport()
 
-    def _train_loader(self, dataset: Dataset, endless: bool = False, weights: Tensor | None = None) -> DataLoader:
+    def _train_loader(
+            self, dataset: Dataset, endless: bool = False, weights: Tensor | None = None, repeats: int = 1,
+    ) -> DataLoader:
         """Shuffled batches; the last, smaller one is left out unless it is the only one.
 
         An epoch goes through a dataset several times that is too small for ``min_batches``. Epoch ``e`` of an
         ``endless`` dataset of length ``n`` are its items ``n * e`` to ``n * (e + 1) - 1``. With ``weights``, one for
-        each item, an epoch has as many items, drawn with replacement.
+        each item, an epoch has as many items, drawn with replacement. With ``repeats`` an epoch
+        has as many items too, each so many times: of the copies, which follow one another, each process has some.
         """
         ranks, images = self._ranks()[0], len(dataset)  # type: ignore[arg-type]
         times = 1 if endless else math.ceil(self.min_batches * self.batch_size * ranks / images)
@@ -59,7 +62,7 @@ class LoadedData(pl.LightningDataModule):
                 f"{self.min_batches}.")
             dataset = ConcatDataset([dataset] * times)
             weights = None if weights is None else weights.repeat(times)
-        sampler = _EpochSampler(dataset, *self._ranks(), seed=self.seed, endless=endless, weights=weights)
+        sampler = _EpochSampler(dataset, *self._ranks(), self.seed, endless, weights, repeats)
         full = len(sampler) >= self.batch_size
         return _EpochLoader(
             dataset, batch_size=self.batch_size, sampler=sampler, generator=sampler.generator, drop_last=full,
@@ -93,13 +96,14 @@ def collate_detection(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[lis
 class _EpochSampler(DistributedSampler):
     """Shuffles by seed and epoch, and seeds the generator that the loader draws its workers' seed from likewise.
 
-    With ``weights`` it draws, as ``WeightedRandomSampler`` does: each process its part of what all of them draw.
+    With ``weights`` it draws, as ``WeightedRandomSampler`` does: each process its part of what all of them draw. With
+    ``repeats`` it is timm's ``RepeatAugSampler``, but for its epochs, which are not rounded.
     """
 
     def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int, endless: bool,
-                 weights: Tensor | None = None):
+                 weights: Tensor | None = None, repeats: int = 1):
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
-        self.endless, self.weights = endless, weights
+        self.endless, self.weights, self.repeats = endless, weights, repeats
         self.generator = torch.Generator()
         self.set_epoch(0)
 
@@ -108,6 +112,11 @@ class _EpochSampler(DistributedSampler):
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             drawn = torch.multinomial(self.weights, self.total_size, replacement=True, generator=generator)
             return iter(drawn[self.rank::self.num_replicas].tolist())
+        if self.repeats > 1:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+            places = torch.arange(self.rank, self.total_size, self.num_replicas) // self.repeats
+            return iter(order[places % len(order)].tolist())
         first = self.epoch * len(self.dataset) if self.endless else 0  # type: ignore[arg-type]
         return (first + index for index in super().__iter__())
 

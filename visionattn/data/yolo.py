@@ -55,6 +55,8 @@ class YoloData(DetectionData):
         hflip: Probability of a mirrored training image.
         large_scale_jitter: Side of square training images by a random resize of 0.1 to 2 and a crop, such as 1024
             (the detector's ``min_size`` and ``max_size`` should be the same); replaces ``train_sizes``. None is off.
+        detr_crops: Half of the training images are cropped at random before they are resized, as DETR's are; the
+            detector's list of ``min_size`` then does what is left of its multi-scale training.
         on_error: What to do with a line or file that cannot be used. ``raise``: stop and name it. ``skip``: leave it
             out (cut a box that reaches out of its image) and say how many there were of each kind; every image is
             decoded once for this.
@@ -95,10 +97,11 @@ class YoloData(DetectionData):
             min_batches: int = 1,
             class_names: list[str] | None = None,
             in_chans: int = 3,
+            detr_crops: bool = False,
     ):
         super().__init__(
             root, predict_root, masks, batch_size, num_workers, seed, train_sizes, max_size, hflip, large_scale_jitter,
-            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names, in_chans)
+            on_error, verify, orientation, value_range, max_pixels, min_batches, class_names, in_chans, detr_crops)
         if not self.root.exists():
             raise FileNotFoundError(f"{root} does not exist; data.init_args.root must be a folder in YOLO's format, "
                                     "with data.yaml, images and labels")
