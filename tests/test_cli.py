@@ -123,7 +123,8 @@ def test_traceback_on_request(monkeypatch):
 
 def test_run_folder(digits):
     _, run = digits
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "best.ckpt", "last.ckpt", "previous.ckpt"]
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows if row["val/accuracy"]] == ["0", "1"]

@@ -67,7 +67,8 @@ def _command(out):
 
 def test_a_folder_of_classes_ends_with_all_results_and_fit_does_the_same(tmp_path, capfd):
     write_classes(tmp_path / "pets", count=5)
-    assert main(["train", "pets", "--model", "test_vit", "--data.image_size", "160", *QUICK]) == 0
+    command = ["train", "pets", "--model", "test_vit", "--data.image_size", "160", *QUICK, "--resume", "auto"]
+    assert main(command) == 0
     out, run = capfd.readouterr().out, tmp_path / "runs" / "pets"
     assert "pets: classification, read by ImageFolderData: it holds images without annotations" in out
     assert "it starts from fresh ones" in out
@@ -75,6 +76,14 @@ def test_a_folder_of_classes_ends_with_all_results_and_fit_does_the_same(tmp_pat
     assert (run / "model.onnx").is_file()
     assert (run / "predictions.csv").is_file()
     assert len(list((run / "pictures").iterdir())) == 3
+    # Again it finds all done, and in part what was undone.
+    exported, shown = (run / "model.onnx").stat().st_mtime_ns, run / "shown.txt"
+    assert main(command) == 0
+    assert (run / "model.onnx").stat().st_mtime_ns == exported
+    assert not (tmp_path / "runs" / "pets-2").exists()
+    shown.unlink()
+    assert main(command) == 0
+    assert shown.is_file()
     # The command that was shown gives the same weights and figures elsewhere.
     assert main([*_command(out), "--trainer.default_root_dir", "again"]) == 0
     runs = [torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]

@@ -41,6 +41,7 @@ RECIPES = {
 FEWER = "; expect less than with trained ones, above all of few images (take a file by --model.checkpoint_path FILE)"
 LOOKED_AT = 200  # images whose size is looked at
 SHOWN = 24  # images whose predictions are drawn
+SHOWN_LIST = "shown.txt"  # their names, in the run folder
 FEW = 2000  # images, below which a run is made to take minutes
 STEP = 32  # lengths of images are multiples of it
 
@@ -69,7 +70,8 @@ def main(argv: list[str]) -> int:
         prog="visionattn train", usage="visionattn train FOLDER [--model NAME] [--task TASK] [OPTIONS OF FIT]",
         allow_abbrev=False, description="Trains a model on a folder (or COCO's JSON file, or YOLO's data.yaml), tests "
         "and exports it and draws what it predicts. Says what the folder is taken for, and which fit command is the "
-        "same. Further options are those of fit, such as --trainer.max_epochs 10 (visionattn fit --help).")
+        "same. Further options are those of fit, such as --trainer.max_epochs 10, or --resume auto, which goes on with "
+        "the folder's run (visionattn fit --help).")
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--model", metavar="NAME", help=(
         f"any model of timm's or ours (default: {', '.join(f'{name} for {task}' for task, name in MODELS.items())})"))
@@ -113,22 +115,33 @@ def _train(folder: str | Path, model: str | None, task: Any, options: list[str])
 def _train_as(
         kind: DataKind, folder: str | Path, model: str | None, given: dict[str, str], options: list[str]) -> TrainedRun:
     images = _look(Path(kind.arguments["root"]), int(given.get("data.in_chans", 3)))
-    chosen = _choose(kind, model, given, images)
-    run = Path(given.get("trainer.default_root_dir") or _free_folder(Path(folder), "ckpt_path" in given))
-    chosen |= {"trainer.default_root_dir": str(run), "trainer.devices": 1}
-    settings = {name: value for name, value in chosen.items() if name not in given}
-    argv = ["fit", "--config", RECIPES[kind.module], *_arguments(settings), *options]
+    resumes = given.get("resume") == "auto"
+    run = Path(given.get("trainer.default_root_dir") or _free_folder(Path(folder), resumes or "ckpt_path" in given))
+    config = run / "config.yaml"
+    if resumes and config.is_file() and any((run / "checkpoints").glob("*.ckpt")):
+        # What was chosen at first: the weights that it starts from, for one, may no longer be there to be fetched.
+        named = ["--model.backbone", model] if model else []
+        argv = ["fit", "--config", str(config), "--trainer.default_root_dir", str(run), *named, *options]
+    else:
+        chosen = _choose(kind, model, given, images) | {"trainer.default_root_dir": str(run), "trainer.devices": 1}
+        settings = {name: value for name, value in chosen.items() if name not in given}
+        argv = ["fit", "--config", RECIPES[kind.module], *_arguments(settings), *options]
     command = f"visionattn {shlex.join(argv)}"
     _say(f"The same as:\n  {command}\n")
     data = run_cli.launch(argv)
 
-    checkpoint = run / "checkpoints" / "best.ckpt"
+    checkpoint, exported = run / "checkpoints" / "best.ckpt", run / "model.onnx"
     if not checkpoint.is_file():  # as with fast_dev_run
         return TrainedRun(run, {}, checkpoint, None, command)
     written = run / "test_metrics.json"
     metrics = json.loads(written.read_text()) if written.is_file() else {}
+    if resumes and _are_in_order(checkpoint, run / SHOWN_LIST, run / "README.txt"):  # which is written at the end
+        trained = TrainedRun(run, metrics, checkpoint, exported if exported.is_file() else None, command)
+        _summarise(trained)
+        return trained
     trained = TrainedRun(run, metrics, checkpoint, _export(kind, images, run, checkpoint), command)
     if metrics:
+        data.setup("test")  # which a training that had ended before left out
         _predict(run, data)
     write_readme(run)
     _summarise(trained)
@@ -314,9 +327,15 @@ def _predict(run: Path, data: Any) -> None:
     else:
         files = [pair.image for pair in data.pairs["test"]]
     shown = files[::math.ceil(len(files) / SHOWN)]
-    listing = run / "shown.txt"
+    listing = run / SHOWN_LIST
     listing.write_text("".join(f"{Path(file).resolve()}\n" for file in shown), "utf-8", "surrogateescape")
     _run(predict.main, "predict", run, listing)
+
+
+def _are_in_order(*files: Path) -> bool:
+    """Whether all files are there, and none is older than the one before."""
+    times = [file.stat().st_mtime_ns for file in files if file.is_file()]
+    return len(times) == len(files) and times == sorted(times)
 
 
 def _run(command: Callable[[list[str]], Any], *arguments: object) -> None:

@@ -5,7 +5,6 @@ A run folder is the trainer's ``default_root_dir``. ``fit`` fills it with ``conf
 find the checkpoints there and add what they measured.
 """
 import argparse
-import csv
 import inspect
 import logging
 import re
@@ -14,14 +13,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -34,8 +32,9 @@ from ..recipes import with_recipes
 from ..runtime.say import say
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
+from .resuming import Resumable, is_complete, newest_checkpoint
 from .run_folder import moved_run, relocated, with_run, with_run_folders
-from .saving import LatestBest, WholeFiles, is_full
+from .saving import LatestBest, RunLogger, WholeConfig, WholeFiles, is_full
 from .story import EpochLines, OneBar, figures
 from .summary import add_test, draw_run, summarise, write_readme
 
@@ -72,7 +71,8 @@ def launch(argv: list[str]) -> pl.LightningDataModule:
         return _RunCLI(
             pl.LightningModule, pl.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
             save_config_kwargs={"overwrite": True}, seed_everything_default=0, auto_configure_optimizers=False,
-            load_from_checkpoint_support=False, parser_kwargs={"prog": "visionattn"}, args=argv).datamodule
+            load_from_checkpoint_support=False, parser_class=WholeConfig, parser_kwargs={"prog": "visionattn"},
+            args=argv).datamodule
     except argparse.ArgumentError as error:
         raise argparse.ArgumentError(None, _parsing_fault(str(error))) from error
     except ValueError as error:
@@ -86,6 +86,14 @@ class _RunCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(**kwargs | {"exit_on_error": False})
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume", type=Literal["auto", None], default=None, help="auto: go on with the newest checkpoint of "
+                "the run folder that can be read; begin if there is none; do nothing if the run is finished")
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -96,6 +104,8 @@ class _RunCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         self._trained = False
         self._test_started: float | None = None
+        if subcommand == "fit" and self._is_complete():
+            return
         try:
             super()._run_subcommand(subcommand)
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -114,6 +124,21 @@ class _RunCLI(LightningCLI):
             raise OSError(f"{path} cannot be written: {error.strerror}; free some space, then {self._how_to_go_on()}"
                           ) from error
 
+    def _is_complete(self) -> bool:
+        """Whether ``--resume auto`` finds nothing left to do, which is said."""
+        trainer: Any = self.trainer
+        run, found = Path(trainer.default_root_dir), self._found
+        if not self._resumes:
+            return False
+        if found is None:
+            say(f"{run} has no checkpoint yet: the training begins.")
+            return False
+        if not is_complete(run, found, trainer.max_epochs, trainer.max_steps, self._ends_with_test()):
+            say(f"Going on with {found.path}, {found.place()}.")
+            return False
+        say(f"{run} is finished ({found.place()}): nothing is left to do. To train longer raise trainer.max_epochs.")
+        return True
+
     def _how_to_go_on(self) -> str:
         """The command that goes on with a run which was stopped."""
         run = Path(self.trainer.default_root_dir)
@@ -130,6 +155,14 @@ class _RunCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        self._found: Resumable | None = None
+        self._resumes = self.subcommand == "fit" and config.pop("resume", None) == "auto"
+        if self._resumes and config.ckpt_path:
+            raise ValueError(f"--resume auto finds the checkpoint to go on with by itself; leave out it or --ckpt_path "
+                             f"{config.ckpt_path}")
+        if self._resumes and config.trainer.default_root_dir is None:
+            raise ValueError("--resume auto needs a run folder that is the same each time: give "
+                             "--trainer.default_root_dir; without it a run is named by the time")
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = f"runs/{time.strftime('%Y-%m-%d-%H%M%S')}"
         run = Path(config.trainer.default_root_dir)
@@ -137,6 +170,11 @@ class _RunCLI(LightningCLI):
             moved = moved_run(Path(str(file)))
             if moved and moved.now == run:
                 config.trainer = relocated(config.trainer, moved)
+        self._resumes = self._resumes and not config.trainer.fast_dev_run
+        if self._resumes or (self.subcommand == "fit" and config.ckpt_path == "last"):
+            self._found = newest_checkpoint(run)
+            if self._found:
+                config.ckpt_path = str(self._found.path)
         self._ckpt_path = _find_checkpoint(str(self.subcommand), config.ckpt_path, run, config.model.init_args)
         if self.subcommand != "fit" and self._ckpt_path:
             _take_classes(self._ckpt_path, (config.get("data") or {}).get("init_args"))
@@ -306,7 +344,7 @@ class _RunCLI(LightningCLI):
             return super().instantiate_trainer(logger=False, callbacks=callbacks, **kwargs)
         self.config = self._config_to_save
         if config.logger is None or config.logger is True:
-            kwargs["logger"] = [(_ResumedCSVLogger if self._ckpt_path else CSVLogger)(run, name="", version="")]
+            kwargs["logger"] = [RunLogger(run, resumed=bool(self._ckpt_path))]
             if RequirementCache("tensorboard") or RequirementCache("tensorboardX"):
                 kwargs["logger"].append(TensorBoardLogger(run, name="", version="tensorboard"))
         if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
@@ -320,25 +358,9 @@ class _RunCLI(LightningCLI):
         callbacks.append(self.lines)
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFiles()
+            last = run / "checkpoints" / "last.ckpt"
+            trainer.strategy.checkpoint_io = WholeFiles(last if self._found and self._found.path != last else None)
         return trainer
-
-
-class _ResumedCSVLogger(CSVLogger):
-    """Goes on in the ``metrics.csv`` that the run has, where Lightning's would begin it anew."""
-
-    @property
-    def experiment(self) -> ExperimentWriter:
-        if self._experiment is None and _is_first_process():
-            path = Path(self.log_dir, ExperimentWriter.NAME_METRICS_FILE)
-            rows: list[dict[str, Any]] = []
-            if path.exists():
-                with path.open(newline="") as file:
-                    rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-            writer = super().experiment  # removes the file
-            writer.metrics = rows
-            writer.save()
-        return super().experiment
 
 
 def _is_first_process() -> bool:
