@@ -1,12 +1,16 @@
 """Runs that go on: ``--resume auto``, and what takes the place of a damaged checkpoint."""
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 
 from visionattn.cli import main
+from visionattn.tasks.guarding import LossGuard
 from visionattn.tasks.resuming import newest_checkpoint
 
 DIGITS = {
@@ -111,3 +115,72 @@ def test_metrics_that_end_in_half_a_row_lose_that(run):
     path.write_text(whole + "1,0.00")
     assert _again(run, "--trainer.max_epochs", "3") == 0
     assert path.read_text().startswith(whole)
+
+
+class Poison(pl.Callback):
+    """Makes images of some batches NaN, counted over the epochs from 0 on, or a gradient, or weights."""
+
+    def __init__(self, batches: list[int], where: str = "images"):
+        self.batches, self.where = batches, where
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.where == "images" and trainer.fit_loop.total_batch_idx in self.batches:
+            batch[0][0] = math.nan
+
+    def on_after_backward(self, trainer, pl_module):
+        if self.where == "gradient" and trainer.fit_loop.total_batch_idx in self.batches:
+            next(pl_module.parameters()).grad[0] = math.inf
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.where == "weights" and trainer.fit_loop.total_batch_idx in self.batches:
+            next(pl_module.parameters()).data[0] = math.nan
+
+
+def _poisoned(tmp_path, batches, where="images", **guard):
+    callbacks = [{"class_path": "tests.tasks.test_surviving.Poison", "init_args": {"batches": batches, "where": where}}]
+    if guard:
+        callbacks.append({"class_path": "LossGuard", "init_args": guard})
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(DIGITS | {"trainer": DIGITS["trainer"] | {"callbacks": callbacks}}))
+    return main(["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("where", ["images", "weights"])
+def test_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(where, tmp_path, capfd):
+    assert _poisoned(tmp_path, [3], where) == 1
+    line, last = capfd.readouterr().err.splitlines()[-1], tmp_path / "run" / "checkpoints" / "last.ckpt"
+    said = {"images": "the loss of step 4 (epoch 2) is not finite, at a learning rate of ",
+            "weights": "weights are not finite after step 4 (epoch 2) and were not saved; "}[where]
+    assert line.startswith(f"visionattn: error: {said}")
+    assert f"the last good checkpoint is {last}, after 1 epochs, 2 steps" in line
+    for name in ("best", "last"):
+        saved = torch.load(last.with_stem(name), weights_only=True)
+        assert saved["global_step"] == 2
+        assert all(x.isfinite().all() for x in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize("where", ["images", "gradient"])
+def test_step_that_is_left_out_changes_nothing_and_is_counted(where, tmp_path, said):
+    assert _poisoned(tmp_path, [2], where, skip=True) == 0
+    assert "Epoch 2: 1 of the steps left out: their loss or gradients were not finite." in said.text
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] == 1
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(x.isfinite().all() for x in last["state_dict"].values())
+    assert {int(state["step"]) for state in last["optimizer_states"][0]["state"].values()} == {3}
+
+
+@pytest.mark.parametrize(("scaler", "skipped"), [(object(), 0), (None, 1)])
+def test_steps_that_a_gradient_scaler_leaves_out_are_not_counted(scaler, skipped):
+    module, guard = torch.nn.Linear(2, 2), LossGuard(skip=True)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), world_size=1)
+    guard.on_train_start(trainer, module)
+    guard.on_before_backward(trainer, module, torch.tensor(1.0))
+    module.weight.grad = torch.full((2, 2), math.inf)
+    guard.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters()))
+    assert guard.skipped == skipped
+    assert (module.weight.grad is None) == bool(skipped)
+
+
+def test_too_many_steps_in_a_row_stop(tmp_path, capfd):
+    assert _poisoned(tmp_path, [1, 2, 3], skip=True, in_a_row=1) == 1
+    assert "the loss of step 3 (epoch 2) is not finite and so were 1 steps before" in capfd.readouterr().err

@@ -14,6 +14,7 @@ import torch
 from .. import __version__
 from ..data.report import DataReport
 from .charts import Curve, draw_curves
+from .guarding import LossGuard
 from .story import EpochLines, device_name
 
 __all__ = ["add_test", "draw_run", "read_curves", "summarise", "write_readme"]
@@ -61,6 +62,7 @@ def summarise(
     """
     args: Mapping[str, Any] = getattr(model, "hparams", {})
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    guards = [callback for callback in trainer.callbacks if isinstance(callback, LossGuard)]  # type: ignore[attr-defined]
     summary: dict[str, Any] = {
         "task": type(model).__name__,
         "model": args.get("backbone") or type(model).__name__,
@@ -75,6 +77,7 @@ def summarise(
         "epochs": lines.epochs,
         "steps": trainer.global_step,
         "stopped_early": True if trainer.should_stop else None,
+        "skipped_steps": next((guard.skipped for guard in guards if guard.skip), None),
         "seconds": round(lines.seconds, 1),
         "images_per_second": round(lines.images / lines.training_seconds, 1) if lines.training_seconds else None,
         "device": device_name(trainer.strategy.root_device),
