@@ -1,6 +1,7 @@
 """Attention modules, one kind a file."""
 from .agent import AgentAttention
 from .aggregated import AggregatedAttention, CosineAttention
+from .attention_maps import attention_maps
 from .auxiliary import AuxiliaryLosses, auxiliary_losses
 from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
@@ -23,6 +24,7 @@ __all__ = [
     "KMeansRoutingAttention",
     "NeighborhoodAttention2d",
     "VariedSizeWindowAttention",
+    "attention_maps",
     "auxiliary_losses",
     "vary_windows",
 ]

@@ -15,6 +15,8 @@ What holds for every op and every backend is settled here, in :meth:`Op.run`:
   standard form (:func:`differentiated`). Where only standard operators will do (:func:`standard_only`), for exported
   and traced graphs, transforms of ``torch.func`` and forward mode, a problem says so and backends choose accordingly.
 * Empty batches. They give an empty result and gradients of zero without asking a backend.
+* Probabilities. Where somebody records them (:mod:`visionattn.ops.recording`), they are what the op gives for values
+  that are unit vectors, as every op is linear in its values.
 """
 import contextlib
 import os
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .case import Case
+from .recording import current_recorder, unit_values
 
 __all__ = [
     "Backend", "BackendError", "Op", "any_problem", "cases", "cast_for_autocast", "chosen", "concrete",
@@ -64,12 +67,32 @@ class Backend(NamedTuple):
     aliases: tuple[str, ...] = ()
 
 
-class Op:
-    """An op by name with its backends, most preferred first, and examples of its calls by name."""
+def _for_probabilities(problem: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A call of an op without other values than v."""
+    return problem, (q, k, *unit_values(v), *others)
 
-    def __init__(self, name: str, backends: list[Backend], cases: Mapping[str, Case] | None = None):
+
+class Op:
+    """An op by name with its backends, most preferred first, and examples of its calls by name.
+
+    Args:
+        name: How users ask for it.
+        backends: They take queries, keys and values first.
+        cases: Example calls.
+        for_probabilities: Takes the problem and the arguments of a call to those of the call whose result is the
+            attention's probabilities: with unit vectors as values (but for ``value_dim``, which is settled here).
+    """
+
+    def __init__(
+            self,
+            name: str,
+            backends: list[Backend],
+            cases: Mapping[str, Case] | None = None,
+            for_probabilities: Callable[..., tuple[Any, tuple[Any, ...]]] = _for_probabilities,
+    ):
         self.name = name
         self.cases = dict(cases or {})
+        self.for_probabilities = for_probabilities
         self.backends = {backend.name: backend for backend in backends}
         self._names = {alias: backend for backend in backends for alias in (backend.name, *backend.aliases)}
         _OPS[name] = self
@@ -79,11 +102,23 @@ class Op:
 
         ``problem.device`` is the type of the device that the tensors of ``args`` are on.
         """
+        recorder = current_recorder()
+        if recorder is not None:
+            recorder.offer(lambda: self._probabilities(problem, args))
+            with recorder.paused():
+                return self.run(problem, backend, *args)
         run = self.choose(problem, backend).run
         if not _autocast(problem.device):  # entering a context takes as long as a small operator
             return run(*args)
         with torch.autocast(problem.device, enabled=False):
             return run(*args)
+
+    def _probabilities(self, problem: Any, args: tuple[Any, ...]) -> Tensor:
+        """Of a call, ``[batch, heads, queries, keys]``; queries and keys are numbered row by row."""
+        problem, args = self.for_probabilities(problem, *args)
+        found = self.run(problem._replace(value_dim=args[2].shape[-1]), None, *args)
+        weights = found[0] if isinstance(found, tuple) else found
+        return weights.flatten(1, -3).transpose(1, 2)
 
     def choose(self, problem: Any, backend: str | None = None) -> Backend:
         """Returns the backend that runs ``problem``.

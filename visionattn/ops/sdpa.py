@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import differentiated, exporting, in_forward_mode, transforming
+from .dispatch import differentiated, exporting, in_forward_mode, no_autocast, transforming
+from .recording import current_recorder
 
-__all__ = ["sdpa"]
+__all__ = ["probabilities", "sdpa"]
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -27,6 +28,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: flo
         The attention in the dtype of q, computed in float32 or better on a CPU. It can be differentiated any number of
         times, in forward mode too.
     """
+    recorder = current_recorder()
+    if recorder is not None:
+        recorder.offer(lambda: probabilities(q, k, mask, scale))
+        with recorder.paused():
+            return sdpa(q, k, v, mask, scale)
     if transforming() or in_forward_mode(q, k, v, mask):
         return _plain(q, k, v, mask, scale)
     if q.device.type == "cpu":
@@ -56,11 +62,27 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """The definition, in float32 or better."""
+    weights = probabilities(q, k, mask, scale)
+    return (weights @ v.to(weights.dtype)).to(q.dtype)
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """What the values are weighed by, ``[batch, heads, queries, keys]``, in float32 or better.
+
+    Args:
+        q: Queries ``[batch, heads, queries, dim]``.
+        k: Keys ``[batch, heads, keys, dim]``.
+        mask: What is added to the scores, or booleans, False for the keys that a query does not see.
+        scale: Factor on ``q . k``; None means ``dim ** -0.5``.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(compute) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(compute).transpose(-2, -1)
-    if mask is not None:
+    with no_autocast(q.device.type):
+        scores = (q.to(compute) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(compute).transpose(-2, -1)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
         scores = scores + mask.to(compute)
-    return (scores.softmax(dim=-1) @ v.to(compute)).to(q.dtype)
+    return scores.softmax(dim=-1)
 
 
 class _Fused(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Image classification, of one class or several: any timm backbone, soft targets, AdamW with a cosine schedule."""
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from ..layers import auxiliary_losses
+from ..layers import attention_maps, auxiliary_losses
 from ..runtime.engine import Meaning
 from ..runtime.say import say
 from ..weights import check_name, fitting, read_checkpoint, timm_model
@@ -22,6 +23,7 @@ from .calibration import SingleLabelCounts
 from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
 from .freezing import Freezing, below_head, check_unfreezing
+from .losses import attention_diversification_loss
 from .multilabel import MultilabelScores, average_precisions, best_thresholds, threshold_scores
 from .optim import cosine_with_warmup, poly_with_warmup
 
@@ -70,6 +72,9 @@ class ClassificationTask(Task):
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off.
         mixup_switch_prob: Probability of cutmix for a batch where both are on.
+        attention_diversification: Weight of the attention diversification loss (:func:`visionattn.tasks.losses.
+            attention_diversification_loss`), which every layer's attention maps are recorded for; 0 is off. The paper
+            has 1.
         ema_decay: Decay per step of the moving average of the weights, less in the first steps. The average is what is
             validated and tested; a checkpoint holds it as ``state_dict`` and the raw weights beside it. None keeps no
             average.
@@ -118,6 +123,7 @@ class ClassificationTask(Task):
             mixup: float = 0.0,
             cutmix: float = 0.0,
             mixup_switch_prob: float = 0.5,
+            attention_diversification: float = 0.0,
             ema_decay: float | None = None,
             clip_agc: float | None = None,
             channels_last: bool = False,
@@ -132,6 +138,7 @@ class ClassificationTask(Task):
         self.args = self.hparams
         check_arguments(self.args, 2)
         _check_weights(class_weights, num_classes)
+        _check_attention(self.args)
         check_unfreezing(unfreeze_epochs, frozen, "frozen set to true")
         args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
         if drop_path_rate is not None:
@@ -202,8 +209,14 @@ class ClassificationTask(Task):
         """Loss of one batch, mixed if asked for."""
         self._check_labels(batch[1])
         images, targets = self.mix(*batch) if self.mix else batch
-        loss = self._training_loss(self(images), targets)
-        for name, auxiliary_loss in auxiliary_losses(self.model).items():
+        weight = self.args.attention_diversification
+        recorded: Any = attention_maps(self.model) if weight else nullcontext([])
+        with recorded as maps:
+            loss = self._training_loss(self(images), targets)
+        losses = auxiliary_losses(self.model)
+        if weight:
+            losses["attention_diversification"] = weight * attention_diversification_loss(maps)
+        for name, auxiliary_loss in losses.items():
             self.log(f"train/{name}", auxiliary_loss, on_step=True, on_epoch=True, batch_size=len(images),
                      sync_dist=True)
             loss = loss + auxiliary_loss
@@ -369,6 +382,15 @@ class ClassificationTask(Task):
         if several != self.args.multi_label:
             raise ValueError(f"the data gives {'several labels' if several else 'one label'} for an image, and "
                              f"multi_label is {str(self.args.multi_label).lower()}")
+
+
+def _check_attention(args: Any) -> None:
+    """Raises a ValueError for arguments of what looks at attention that do not go together."""
+    if not 0 <= args.attention_diversification < math.inf:
+        raise ValueError(f"attention_diversification must not be negative, got {args.attention_diversification}")
+    if args.compile and args.attention_diversification:
+        raise ValueError("attention_diversification needs attention maps, which a compiled model does not give: leave "
+                         "compile out")
 
 
 def _check_weights(weights: Any, num_classes: int) -> None:

@@ -1,7 +1,8 @@
-"""Losses of segmentation: cross-entropy, soft dice and online hard example mining, alone or as a weighted sum.
+"""Losses of segmentation: cross-entropy, soft dice and online hard example mining, alone or as a weighted sum. And a
+loss of attention maps.
 
-All take logits ``[B, C, H, W]`` of any floating dtype and labels ``[B, H, W]`` (int64), leave out the pixels whose
-label is ``ignore_index``, compute in float32 and return a scalar, which is 0 where no pixel is left.
+Those of segmentation take logits ``[B, C, H, W]`` of any floating dtype and labels ``[B, H, W]`` (int64), leave out the
+pixels whose label is ``ignore_index``, compute in float32 and return a scalar, which is 0 where no pixel is left.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -9,9 +10,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
-__all__ = ["SegmentationLoss", "dice_loss", "ohem_loss", "pixel_loss"]
+__all__ = ["SegmentationLoss", "attention_diversification_loss", "dice_loss", "ohem_loss", "pixel_loss"]
 
 HARD = -math.log(0.7)  # cross-entropy of a pixel whose class has a probability of 0.7
 LEAST_KEPT = 16  # hard example mining keeps at least one in so many pixels
@@ -89,6 +90,38 @@ def ohem_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor
     least = losses.detach().topk(max(1, len(losses) // LEAST_KEPT)).values[-1]
     hard = (losses >= least.clamp(max=HARD)) & (labels.flatten() != ignore_index)
     return (losses * hard).sum() / hard.sum().clamp(min=1)
+
+
+def attention_diversification_loss(maps: Sequence[Tensor], threshold: float = 2.0) -> Tensor:
+    """How much all queries attend to the same keys, mean over the layers: 1 if they all do, 0 if none is attended to.
+
+    "Robustifying Token Attention for Vision Transformers" (arXiv 2303.11126), section 3.3. In each layer, with means
+    over the heads, the attention of every query is compared with the mean of all queries by their cosine, both without
+    the keys that get ``threshold / keys`` or less. Where attention is so even that no key's mean gets more, the loss
+    and its gradient are 0.
+
+    Args:
+        maps: Attention probabilities ``[batch, heads, queries, keys]`` of each layer, of any floating dtype. Those of a
+            single query (class attention) are left out.
+        threshold: What counts as attended to, in multiples of even attention.
+
+    Returns:
+        A scalar, computed in float32 or better.
+
+    Raises:
+        ValueError: There is no map of several queries.
+    """
+    losses = []
+    for attention in maps:
+        if attention.shape[2] > 1:
+            rows = attention.to(torch.promote_types(attention.dtype, torch.float32)).mean(dim=1)
+            even = threshold / rows.shape[-1]
+            mean = rows.mean(dim=1, keepdim=True)
+            rows, mean = (x.masked_fill(x <= even, 0) for x in (rows, mean))
+            losses.append(cosine_similarity(mean, rows, dim=-1, eps=1e-8).mean())
+    if not losses:
+        raise ValueError("the attention diversification loss needs attention maps of several queries, got none")
+    return torch.stack(losses).sum() / (len(losses) + 1e-6)
 
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {"cross_entropy": pixel_loss, "dice": dice_loss, "ohem": ohem_loss}

@@ -3,23 +3,44 @@
 Definition: "TransNeXt: Robust Foveal Visual Perception for Vision Transformers" (arXiv 2311.17132), section 3; how
 queries and keys are normed, scaled and pooled is the layer's business.
 """
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import triton_support
 from ..checks import check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..recording import unit_values
 from . import naive, shifted, triton_backend
 from .cases import CASES, AggregatedProblem
 
 __all__ = ["AggregatedProblem", "aggregated_attention"]
 
 
+def _for_probabilities(
+        problem: AggregatedProblem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pooled_k: Tensor,
+        pooled_v: Tensor,
+        kernel_size: int,
+        local_bias: Tensor | None,
+        pooled_bias: Tensor | None,
+        *after: Any,
+) -> tuple[AggregatedProblem, tuple[Any, ...]]:
+    """The call that gives the softmax alone: without the weights that are added after it, for all queries."""
+    v, pooled_v = unit_values(v, pooled_v)
+    problem = problem._replace(has_local_weights=False, has_active=False)
+    return problem, (q, k, v, pooled_k, pooled_v, kernel_size, local_bias, pooled_bias, None, None)
+
+
 _op = Op("aggregated_attention", [
     Backend("triton", triton_backend.supports, triton_backend.run, triton_support.automatic),
     Backend("shifted", any_problem, shifted.run),
     Backend("naive", any_problem, naive.run),
-], CASES)
+], CASES, _for_probabilities)
 
 
 def aggregated_attention(

@@ -3,21 +3,34 @@
 Definition: "Efficient Content-Based Sparse Attention with Routing Transformers" (arXiv 2003.05997), section 4. Which
 tokens a cluster takes, and how clusters are found, is in :mod:`visionattn.ops.kmeans.clustering`.
 """
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import check_sizes, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..recording import unit_values
 from . import gathered, naive
 from .cases import CASES, KMeansProblem
 
 __all__ = ["KMeansProblem", "kmeans_attention"]
 
 
+def _for_probabilities(
+        problem: KMeansProblem, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[KMeansProblem, tuple[Any, ...]]:
+    """The call that gives the probabilities of the tokens; memory keys, which are no tokens, take their share away."""
+    v, = unit_values(v)
+    *options, memory_key, memory_value, has_empty = others
+    if memory_value is not None:
+        memory_value = memory_value.new_zeros(*memory_value.shape[:-1], v.shape[-1])
+    return problem, (q, k, v, *options, memory_key, memory_value, has_empty)
+
+
 _op = Op("kmeans_attention", [
     Backend("gathered", any_problem, gathered.run),
     Backend("naive", any_problem, naive.run),
-], CASES)
+], CASES, _for_probabilities)
 
 
 def kmeans_attention(

@@ -4,6 +4,7 @@ Definition: "Neighborhood Attention Transformer" (arXiv 2204.07143), "Dilated Ne
 (arXiv 2209.15001) and, for strides, "Generalized Neighborhood Attention" (arXiv 2504.16922).
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,20 @@ from torch import Tensor
 from .. import triton_support
 from ..checks import check_sizes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..recording import unit_values
 from . import halo, naive, natten_backend, triton_backend
 from .cases import CASES, NeighborhoodProblem
 
 __all__ = ["NeighborhoodProblem", "neighborhood_attention"]
+
+
+def _for_probabilities(
+        problem: NeighborhoodProblem, q: Tensor, k: Tensor, v: Tensor, *others: Any,
+) -> tuple[NeighborhoodProblem, tuple[Any, ...]]:
+    """The call that gives the probabilities; additional keys come after those of the map."""
+    *options, more_k, more_v, return_lse = others
+    v, *more = unit_values(v) if more_v is None else unit_values(v, more_v)
+    return problem, (q, k, v, *options, more_k, more[0] if more else None, return_lse)
 
 
 _op = Op("neighborhood_attention", [
@@ -22,7 +33,7 @@ _op = Op("neighborhood_attention", [
     Backend("halo", any_problem, halo.run, aliases=("tiled",)),
     Backend("natten", natten_backend.supports, natten_backend.run),
     Backend("naive", any_problem, naive.run),
-], CASES)
+], CASES, _for_probabilities)
 
 
 def neighborhood_attention(
