@@ -1,4 +1,7 @@
-"""Every shipped configuration is read by the real parser; those on embedded data also train a few batches."""
+"""Every shipped configuration is read by the real parser; those on embedded data also train a few batches.
+
+``test_dry_runs.py`` trains a step of the others.
+"""
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,8 @@ def test_parses(path, capsys):
     assert timm.is_model(full["model"]["init_args"]["backbone"])
     assert full["trainer"]["default_root_dir"] == f"runs/{path.stem}"
     given = yaml.safe_load(path.read_text())
+    if given["model"]["init_args"].get("pretrained"):
+        assert timm.get_pretrained_cfg(given["model"]["init_args"]["backbone"]).has_weights
     assert given["model"]["init_args"].items() <= full["model"]["init_args"].items()
     assert full["seed_everything"] == 0
 
