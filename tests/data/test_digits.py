@@ -58,7 +58,6 @@ def test_an_epoch_does_not_depend_on_the_ones_before(num_workers):
             loader.sampler.set_epoch(earlier)
             next(iter(loader))
         loader.sampler.set_epoch(epoch)
-        torch.manual_seed(epoch)  # the task does so at the start of an epoch
         return next(iter(loader))
 
     straight = batch(_setup(num_workers=num_workers), 2, before=2)

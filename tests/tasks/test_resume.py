@@ -63,13 +63,14 @@ def test_killed_run_resumes_to_the_weights_of_one_that_lived(task, tmp_path):
     def fit(name):
         return ["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path / name)]
 
-    killer = ["--trainer.callbacks", "tests.tasks.test_resume.KillsItself"]
+    killer = ["--trainer.callbacks", "tests.tasks.test_resume.KillsItself", "--trainer.callbacks+=MidEpochCheckpoint",
+              "--trainer.callbacks.minutes=0"]
     killed = subprocess.run([sys.executable, "-m", "visionattn", *fit("killed"), *killer], env=ENVIRONMENT, text=True,
                             capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     halfway = torch.load(last, weights_only=True)
-    assert halfway["epoch"] == 0
+    assert halfway["global_step"] == 4  # within the second epoch
     assert not (tmp_path / "killed" / "test_metrics.json").exists()
     assert main([*fit("killed"), "--ckpt_path", "last"]) == 0
     assert main(fit("lived")) == 0

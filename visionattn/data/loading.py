@@ -1,9 +1,13 @@
 """How batches are drawn, the same for every data module: reproducibly, also after a resume and on several devices."""
 import math
-from collections.abc import Callable, Iterator
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
@@ -12,14 +16,17 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSamp
 from ..runtime.say import say
 from .report import DataReport
 
-__all__ = ["LoadedData", "collate_detection"]
+__all__ = ["LoadedData", "collate_detection", "seed_random"]
+
+WORKERS_OUTLIVE = 8  # seconds that loader processes live on after SIGTERM
 
 
 class LoadedData(pl.LightningDataModule):
     """A data module with ``batch_size``, ``num_workers`` and ``seed``.
 
-    The order of the training images and the random numbers of the worker processes depend on ``seed`` and the epoch
-    alone, so that a run which is resumed at an epoch sees what an uninterrupted one would have seen.
+    The order of the training images depends on ``seed`` and the epoch alone, and what is random in a batch on these and
+    its place in the epoch, so that a run which is resumed, also within an epoch, sees what an uninterrupted one would
+    have seen; the images of batches that are done are not loaded again.
 
     ``setup`` fills ``report``, the table that a run starts with; where it stays without splits no table is shown.
 
@@ -64,9 +71,15 @@ class LoadedData(pl.LightningDataModule):
             weights = None if weights is None else weights.repeat(times)
         sampler = _EpochSampler(dataset, *self._ranks(), self.seed, endless, weights, repeats)
         full = len(sampler) >= self.batch_size
-        return _EpochLoader(
-            dataset, batch_size=self.batch_size, sampler=sampler, generator=sampler.generator, drop_last=full,
-            **self._loader_args())
+        loader = _EpochLoader(
+            _Seeded(dataset), batch_size=self.batch_size, sampler=sampler, drop_last=full, **self._loader_args())
+        loader.done = self._batches_done
+        return loader
+
+    def _batches_done(self) -> int:
+        """Batches of this epoch that were trained on before a resume."""
+        loop = getattr(self.trainer, "fit_loop", None)
+        return loop.epoch_loop.batch_progress.current.ready if loop and loop.is_resuming else 0
 
     def _eval_loader(self, dataset: Dataset) -> DataLoader:
         """Batches in the order of ``dataset``; several processes share them, and none is seen twice."""
@@ -80,7 +93,8 @@ class LoadedData(pl.LightningDataModule):
 
     def _loader_args(self) -> dict[str, Any]:
         return dict(
-            num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), collate_fn=self.collate)
+            num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), collate_fn=self.collate,
+            worker_init_fn=_outlive)
 
     def _ranks(self) -> tuple[int, int]:
         """Number of processes that train together, and which one this is."""
@@ -93,21 +107,64 @@ def collate_detection(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[lis
     return list(images), list(targets)
 
 
+def seed_random(numbers: Sequence[int]) -> None:
+    """Seeds PyTorch, NumPy and Python by several numbers that are not negative."""
+    torch_seed, numpy_seed, python_seed = (int(x) for x in np.random.SeedSequence(numbers).generate_state(3))
+    torch.manual_seed(torch_seed)
+    np.random.seed(numpy_seed)
+    random.seed(python_seed)
+
+
+class _Place(int):
+    """Index of an item, and what its batch is seeded by: seed, epoch, process, place in the epoch."""
+
+    seed: tuple[int, ...]
+
+
+class _Seeded(Dataset):
+    """A dataset whose batches have random numbers of their own, whichever process loads them and after which others."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet, as in a copy
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        if isinstance(indices[0], _Place):
+            seed_random(indices[0].seed)
+        return [self.dataset[int(index)] for index in indices]
+
+
 class _EpochSampler(DistributedSampler):
-    """Shuffles by seed and epoch, and seeds the generator that the loader draws its workers' seed from likewise.
+    """Shuffles by seed and epoch; leaves the first ``skip`` items of an epoch out.
 
     With ``weights`` it draws, as ``WeightedRandomSampler`` does: each process its part of what all of them draw. With
     ``repeats`` it is timm's ``RepeatAugSampler``, but for its epochs, which are not rounded.
     """
 
+    skip = 0
+
     def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int, endless: bool,
                  weights: Tensor | None = None, repeats: int = 1):
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
         self.endless, self.weights, self.repeats = endless, weights, repeats
-        self.generator = torch.Generator()
-        self.set_epoch(0)
 
     def __iter__(self) -> Iterator[int]:
+        for place, index in islice(enumerate(self._order()), self.skip, None):
+            item = _Place(index)
+            item.seed = (self.seed, self.epoch, self.rank, place)
+            yield item
+
+    def _order(self) -> Iterator[int]:
         if self.weights is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             drawn = torch.multinomial(self.weights, self.total_size, replacement=True, generator=generator)
@@ -120,17 +177,31 @@ class _EpochSampler(DistributedSampler):
         first = self.epoch * len(self.dataset) if self.endless else 0  # type: ignore[arg-type]
         return (first + index for index in super().__iter__())
 
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch)
-        self.generator.manual_seed((self.seed << 32) + (epoch << 12) + self.rank)
-
 
 class _EpochLoader(DataLoader):
-    """Begins to load at the first batch that is asked for.
+    """Begins to load at the first batch that is asked for, in an epoch that is gone on with at the first that is left.
 
     Lightning makes an iterator before it tells the sampler the epoch that a resumed run starts at; the workers of an
-    ordinary loader would be seeded and have their first indices by then.
+    ordinary loader would have their first indices by then.
     """
 
+    done: Callable[[], int] = staticmethod(lambda: 0)  # batches that are left out
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.sampler.skip = self.done() * (self.batch_size or 1)  # type: ignore[attr-defined]
         yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what was done is known to the trainer. Tells Lightning that the loader goes on within epochs."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Does nothing."""
+
+
+def _outlive(worker: int) -> None:
+    """Lets a loader process live on after SIGTERM, which a scheduler may send it too: its batches are still asked for.
+
+    Killed at once, it would take the training with it before that has saved its weights.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKERS_OUTLIVE))

@@ -2,14 +2,12 @@
 import json
 import math
 import os
-import random
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,11 +15,13 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..data.loading import seed_random
 from ..runtime.engine import Meaning
 from ..runtime.say import say
 from ..runtime.writers import open_results
 from .findings import Findings, Mistakes
 from .freezing import Freezing
+from .midepoch import resumes_within_epoch
 from .optim import check_optimizer, make_optimizer
 from .run_folder import Moved, relocated
 
@@ -71,19 +71,23 @@ class Task(pl.LightningModule):
             [parameter for parameter in self.model.parameters() if id(parameter) not in exempt], self.args.clip_agc)
 
     def on_train_epoch_start(self) -> None:
-        """Seeds by the run's seed and the epoch, as an uninterrupted run would; frees the layers whose turn it is."""
-        if "PL_GLOBAL_SEED" in os.environ:  # set by seed_everything
-            seed = np.random.SeedSequence([int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, self.global_rank])
-            torch_seed, numpy_seed, python_seed = (int(value) for value in seed.generate_state(3))
-            torch.manual_seed(torch_seed)
-            np.random.seed(numpy_seed)
-            random.seed(python_seed)
+        """Frees the layers whose turn it is."""
         if self.freezing:
             self.train()  # also what is freed now
             before = self.freezing.number(self.current_epoch - 1) if self.current_epoch else None
             layers, frozen = len(self.freezing.layers), self.freezing.number(self.current_epoch)
             if frozen != before:
                 say(f"Epoch {self.current_epoch + 1}: {frozen} of {layers} layers are frozen.")
+
+    def on_train_start(self) -> None:
+        """Within an epoch that is gone on with: frees its layers."""
+        if resumes_within_epoch(self.trainer):
+            Task.on_train_epoch_start(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds by the run's seed and the step, as in a run that was never interrupted."""
+        if "PL_GLOBAL_SEED" in os.environ:  # set by seed_everything
+            seed_random([int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, self.global_rank, batch_idx])
 
     def train(self, mode: bool = True) -> "Task":
         """Sets the mode of what is not frozen."""

@@ -40,16 +40,17 @@ class LossGuard(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, so that a resumed run goes on with them."""
-        return {"skipped": self.skipped, "row": self._row, "in_epoch": self._in_epoch} if self.skip else {}
+        return {"skipped": self.skipped, "row": self._row, "in_epoch": self._in_epoch,
+                "bad": self._bad is not None and bool(self._bad)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` gave."""
         self.skipped, self._row = state_dict["skipped"], state_dict["row"]
-        self._in_epoch = state_dict["in_epoch"]
+        self._in_epoch, self._bad = state_dict["in_epoch"], torch.tensor(state_dict["bad"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the buffers, should the first step be left out."""
-        self._bad = None
+        self._bad = None if self._bad is None else self._bad.to(pl_module.device)
         self._keep_buffers(pl_module)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

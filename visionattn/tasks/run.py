@@ -33,6 +33,7 @@ from ..runtime.say import say
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 from .guarding import LossGuard
+from .midepoch import MidEpochCheckpoint
 from .resuming import Resumable, is_complete, newest_checkpoint
 from .run_folder import moved_run, relocated, with_run, with_run_folders
 from .saving import LatestBest, RunLogger, WholeConfig, WholeFiles, is_full
@@ -359,6 +360,8 @@ class _RunCLI(LightningCLI):
         callbacks.append(self.lines)
         if not any(isinstance(callback, LossGuard) for callback in callbacks):
             callbacks.append(LossGuard())
+        if config.enable_checkpointing is not False and not any(isinstance(c, MidEpochCheckpoint) for c in callbacks):
+            callbacks.append(MidEpochCheckpoint())
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             last = run / "checkpoints" / "last.ckpt"

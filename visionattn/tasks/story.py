@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
+from .midepoch import resumes_within_epoch
+
 __all__ = ["EpochLines", "OneBar", "device_name", "duration", "figures"]
 
 
@@ -28,15 +30,20 @@ class EpochLines(pl.Callback):
         training_seconds: What that took without validation.
     """
 
+    _in_epoch = False
+
     def __init__(self) -> None:
         self.best: float | None = None
         self.best_epoch: int | None = None
         self.epochs, self.images, self.seconds, self.training_seconds = 0, 0, 0.0, 0.0
+        self._begun: dict[str, Any] = {}  # what an epoch had before a resume
 
     def state_dict(self) -> dict[str, Any]:
-        """All attributes, so that a resumed run goes on counting."""
+        """All attributes, so that a resumed run goes on counting, within an epoch too."""
         names = "best", "best_epoch", "epochs", "images", "seconds", "training_seconds"
-        return {name: getattr(self, name) for name in names}
+        begun = {name: getattr(self, name) for name in ("_seen", "_validating", "_rate") if self._in_epoch}
+        begun |= {"_seconds": time.monotonic() - self._epoch_started} if self._in_epoch else {}
+        return {name: getattr(self, name) for name in names} | {"_begun": begun}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` gave."""
@@ -46,6 +53,11 @@ class EpochLines(pl.Callback):
         """Says what is trained, and on what."""
         self._here = 0  # epochs in this process, by whose mean the time left is told
         self._started = time.monotonic()
+        if resumes_within_epoch(trainer):
+            self.on_train_epoch_start(trainer, pl_module)
+            self._epoch_started -= self._begun.pop("_seconds", 0.0)
+            vars(self).update(self._begun)
+        self._begun = {}
         sizes = [(weight.numel(), weight.requires_grad) for weight in pl_module.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, wanted in sizes if wanted)
         args = getattr(pl_module, "hparams", {})
@@ -54,7 +66,9 @@ class EpochLines(pl.Callback):
         devices = f"{trainer.world_size} x " * (trainer.world_size > 1)
         last = _last_epoch(trainer)
         goal = f"{last} epoch{'s' * (last > 1)}" if last else "without an end"
-        resumed = f", from epoch {trainer.current_epoch + 1} on" if trainer.current_epoch else ""
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready if resumes_within_epoch(trainer) else 0
+        resumed = f", from epoch {trainer.current_epoch + 1}{f', batch {done + 1}' * (done > 0)} on"
+        resumed *= trainer.current_epoch + done > 0
         _say(trainer, f"Training {name} ({total:,} parameters, {share}) on {devices}{device_name(pl_module.device)}: "
                       f"{goal} of {trainer.num_training_batches} batches{resumed}")
 
@@ -62,6 +76,7 @@ class EpochLines(pl.Callback):
         """Starts the clocks of the epoch."""
         self._epoch_started = time.monotonic()
         self._seen, self._validating, self._validated, self._rate = 0, 0.0, False, math.nan
+        self._in_epoch = True
 
     def on_train_batch_start(
             self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -82,6 +97,7 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the line."""
+        self._in_epoch = False
         pl_module.log("lr", self._rate, sync_dist=True)
         metrics = trainer.callback_metrics  # computed by all processes together
         now = time.monotonic()
@@ -128,6 +144,12 @@ class EpochLines(pl.Callback):
 
 class OneBar(TQDMProgressBar):
     """Lightning's bar of an epoch with the loss of the last step; the validation is in the epoch's line."""
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Begins the bar of an epoch that is gone on with."""
+        super().on_train_start(trainer, *args)
+        if resumes_within_epoch(trainer):
+            self.on_train_epoch_start(trainer, *args)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Counts epochs from 1, as the lines do."""

@@ -23,7 +23,7 @@ _FILES = {  # of a run folder, in the order of the README; patterns are below it
     "summary.json": "the run in short: model, data, best epoch, test metrics, durations, versions",
     "config.yaml": "the whole configuration, defaults included; visionattn test and predict take it",
     "checkpoints/best.ckpt": "the epoch with the best validation metric",
-    "checkpoints/last.ckpt": "the last finished epoch: visionattn fit --config config.yaml --resume auto goes on",
+    "checkpoints/last.ckpt": "where the training is: visionattn fit --config config.yaml --resume auto goes on",
     "checkpoints/previous.ckpt": "the last.ckpt before, should that be damaged",
     "curves.png": "loss, validation metric and learning rate over the epochs; the best epoch is dashed",
     "metrics.csv": "the same as numbers, and all other losses and metrics; epochs are counted from 0 there",
