@@ -36,10 +36,11 @@ from .image_folder import ImageFolderData
 from .scenes import DigitScenesData
 from .segmentation_folder import SegmentationFolderData
 from .table import CsvData
+from .unlabelled import UnlabelledFolderData
 from .voc_folder import VocData
 from .yolo import YoloData
 
 __all__ = [
-    "CocoData", "CsvData", "DigitScenesData", "DigitsData", "ImageFolderData", "SegmentationFolderData", "VocData",
-    "YoloData",
+    "CocoData", "CsvData", "DigitScenesData", "DigitsData", "ImageFolderData", "SegmentationFolderData",
+    "UnlabelledFolderData", "VocData", "YoloData",
 ]

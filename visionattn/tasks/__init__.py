@@ -1,6 +1,7 @@
 """LightningModules: what is trained, with which loss, and how it is measured."""
 from .classification import ClassificationTask
 from .detection import DetectionTask
+from .distillation import DistillationTask, FeaturePretrainingTask
 from .segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask", "DetectionTask", "SegmentationTask"]
+__all__ = ["ClassificationTask", "DetectionTask", "DistillationTask", "FeaturePretrainingTask", "SegmentationTask"]

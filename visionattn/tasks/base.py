@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,7 +23,7 @@ from ..runtime.writers import open_results
 from .findings import Findings, Mistakes
 from .freezing import Freezing
 from .midepoch import resumes_within_epoch
-from .optim import check_optimizer, make_optimizer
+from .optim import check_optimizer, cosine_with_warmup, make_optimizer, poly_with_warmup
 from .run_folder import Moved, relocated
 
 __all__ = ["Task", "check_arguments"]
@@ -190,6 +191,17 @@ class Task(pl.LightningModule):
         self.trainer.fit_loop.setup_data()  # so that num_training_batches is known
         return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
 
+    def scheduled_by_epochs(self, heads: Iterable[nn.Module] = ()) -> OptimizerLRScheduler:
+        """The optimiser of a classifier (and ``heads``) and its schedule, stepped once an optimiser step."""
+        args, optimizer = self.args, self.optimizer_of(self.model, heads)
+        steps, epoch = self.training_steps(), self.epoch_steps()
+        make: Any = poly_with_warmup if args.schedule == "linear" else cosine_with_warmup
+        schedule = make(
+            optimizer, steps - min(round(args.cooldown_epochs * epoch), steps // 3),
+            self.warmup_steps(args.warmup_epochs * epoch, steps), self.of_peak(args.min_lr),
+            start_ratio=self.start_ratio())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
     def training_steps(self) -> int:
         """Optimiser steps of the whole run, for a schedule that ends with it."""
         steps = self.trainer.estimated_stepping_batches
@@ -247,11 +259,11 @@ class _MovingAverage:
             torch._foreach_copy_(averages, weights)
 
 
-def check_arguments(args: Any, least: int) -> None:
-    """Raises a ValueError for arguments that no task can take, ``args``, of one that has ``least`` classes."""
-    if args.num_classes < least:
+def check_arguments(args: Any, least: int = 0) -> None:
+    """Raises a ValueError for arguments that no task can take, ``args``, of one that has ``least`` classes or none."""
+    if least and args.num_classes < least:
         raise ValueError(f"num_classes must be at least {least}, got {args.num_classes}")
-    if args.class_names is not None and len(args.class_names) != args.num_classes:
+    if least and args.class_names is not None and len(args.class_names) != args.num_classes:
         raise ValueError(f"{len(args.class_names)} class names were given for {args.num_classes} classes")
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise ValueError(f"ema_decay must lie between 0 and 1, got {args.ema_decay}")

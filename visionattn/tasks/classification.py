@@ -25,9 +25,8 @@ from .findings import Findings, class_rows, thumbnail
 from .freezing import Freezing, below_head, check_unfreezing
 from .losses import attention_diversification_loss
 from .multilabel import MultilabelScores, average_precisions, best_thresholds, threshold_scores
-from .optim import cosine_with_warmup, poly_with_warmup
 
-__all__ = ["ClassificationTask"]
+__all__ = ["ClassificationTask", "create_classifier"]
 
 
 class ClassificationTask(Task):
@@ -143,7 +142,7 @@ class ClassificationTask(Task):
         args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
-        self.model = _create_model(backbone, pretrained, checkpoint_path, args)
+        self.model = create_classifier(backbone, pretrained, checkpoint_path, args)
         if frozen:
             self.freezing = Freezing(self.model, below_head(self.model, backbone), unfreeze_epochs)
         self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
@@ -192,18 +191,7 @@ class ClassificationTask(Task):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser and its schedule, stepped once an optimiser step."""
-        args = self.args
-        optimizer = self.optimizer_of(self.model)
-        steps = self.training_steps()
-        epoch_steps = self.epoch_steps()
-        falling = steps - min(round(args.cooldown_epochs * epoch_steps), steps // 3)
-        common: Any = dict(warmup_steps=self.warmup_steps(args.warmup_epochs * epoch_steps, steps),
-                           min_lr_ratio=self.of_peak(args.min_lr), start_ratio=self.start_ratio())
-        if args.schedule == "linear":
-            schedule = poly_with_warmup(optimizer, falling, **common)
-        else:
-            schedule = cosine_with_warmup(optimizer, falling, **common)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled_by_epochs()
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss of one batch, mixed if asked for."""
@@ -414,7 +402,8 @@ def _balanced(data: Any, multi_label: bool) -> Tensor:
     return torch.where(weights.isfinite() & (weights > 0), weights, 1.0)
 
 
-def _create_model(backbone: str, pretrained: bool, checkpoint_path: str | None, args: dict[str, Any]) -> nn.Module:
+def create_classifier(backbone: str, pretrained: bool, checkpoint_path: str | None, args: dict[str, Any]) -> nn.Module:
+    """A timm model to train, fresh or with the weights of a source; ``args`` are of ``timm.create_model``."""
     if ":" not in backbone:
         check_name(backbone)
     if checkpoint_path is None:

@@ -102,6 +102,9 @@ def _classifier(run: dict[str, Any]) -> nn.Module:
 
 def _task(run: dict[str, Any], path: str | Path) -> Task:
     """The task of a run's hyper-parameters, with fresh weights."""
+    if not run["num_classes"]:
+        raise ValueError(f"{path} is a pretrained backbone, which has no classes: start a training from it "
+                         "(checkpoint_path)")
     args = {key: value for key, value in run.items() if not key.startswith("_")}  # what is not the task's begins so
     args |= {"pretrained": False, "checkpoint_path": None}
     kind = DetectionTask if "detector" in run else SegmentationTask if "head" in run else ClassificationTask
