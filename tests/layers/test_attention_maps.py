@@ -32,7 +32,7 @@ def tiny(kind, **kwargs):
     torch.manual_seed(0)
     name, args = TINY[kind]
     size = {} if kind == "pvt" else {"img_size": 32}
-    model = timm.create_model(name, num_classes=4, **size, **args | kwargs).eval()
+    model = timm.create_model(name, num_classes=4, **size | args | kwargs).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

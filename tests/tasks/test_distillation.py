@@ -141,6 +141,8 @@ def test_a_checkpoint_is_a_classifiers(kind, teacher, trainer, tmp_path):
     ({"kind": "logits"}, "kind must be hard, soft or features"),
     ({"kind": "features", "compile": True}, "compile goes with the kinds hard and soft"),
     ({"multi_label": True}, "by kind features alone"),
+    ({"attention_diversification": 1.0}, "attention_diversification cannot be used in distillation"),
+    ({"mixing": "smmix"}, "mixing smmix cannot be used in distillation"),
 ])
 def test_what_is_wrong_is_said_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):

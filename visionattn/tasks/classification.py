@@ -24,6 +24,7 @@ from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
 from .freezing import Freezing, below_head, check_unfreezing
 from .losses import attention_diversification_loss
+from .mixing import MaskMix, SelfMotivatedMix, forward_tokens
 from .multilabel import MultilabelScores, average_precisions, best_thresholds, threshold_scores
 
 __all__ = ["ClassificationTask", "create_classifier"]
@@ -71,6 +72,13 @@ class ClassificationTask(Task):
         mixup: Alpha of mixup; 0 is off.
         cutmix: Alpha of cutmix; 0 is off.
         mixup_switch_prob: Probability of cutmix for a batch where both are on.
+        mixing: ``maskmix`` (MixPro, arXiv 2304.12043) or ``smmix`` (arXiv 2212.12977), see
+            :mod:`visionattn.tasks.mixing`; batches that are not mixed so are mixed as the three above say.
+        mixing_prob: Probability of it for a batch.
+        mask_patch: Of maskmix: height and width in pixels of the cells that images are mixed by, a multiple of the
+            model's patch; None for the one that is nearest to a quarter of the image.
+        attention_labels: Of maskmix: weigh the labels by the attention that each image's part gets, the more the better
+            the model knows the mixed label (progressive attention labels). Their cross-entropy is not smoothed.
         attention_diversification: Weight of the attention diversification loss (:func:`visionattn.tasks.losses.
             attention_diversification_loss`), which every layer's attention maps are recorded for; 0 is off. The paper
             has 1.
@@ -122,6 +130,10 @@ class ClassificationTask(Task):
             mixup: float = 0.0,
             cutmix: float = 0.0,
             mixup_switch_prob: float = 0.5,
+            mixing: Literal["maskmix", "smmix"] | None = None,
+            mixing_prob: float = 0.5,
+            mask_patch: int | None = None,
+            attention_labels: bool = False,
             attention_diversification: float = 0.0,
             ema_decay: float | None = None,
             clip_agc: float | None = None,
@@ -146,6 +158,11 @@ class ClassificationTask(Task):
         if frozen:
             self.freezing = Freezing(self.model, below_head(self.model, backbone), unfreeze_epochs)
         self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
+        self.mixing: MaskMix | SelfMotivatedMix | None = None
+        if mixing == "maskmix":
+            self.mixing = MaskMix(self.model, num_classes, mask_patch, attention_labels)
+        elif mixing == "smmix":
+            self.mixing = SelfMotivatedMix(self.model, num_classes)
         # No buffer: the moving average of the weights is copied before these are known.
         self.class_weight = None if class_weights in (None, "balanced") else torch.tensor(class_weights)
         metrics = MetricCollection({"accuracy": MulticlassAccuracy(num_classes, average="micro")})
@@ -191,24 +208,20 @@ class ClassificationTask(Task):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser and its schedule, stepped once an optimiser step."""
-        return self.scheduled_by_epochs()
+        return self.scheduled_by_epochs([self.mixing] if isinstance(self.mixing, SelfMotivatedMix) else [])
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss of one batch, mixed if asked for."""
         self._check_labels(batch[1])
-        images, targets = self.mix(*batch) if self.mix else batch
-        weight = self.args.attention_diversification
-        recorded: Any = attention_maps(self.model) if weight else nullcontext([])
-        with recorded as maps:
-            loss = self._training_loss(self(images), targets)
+        loss, maps = self._batch_loss(*batch)
         losses = auxiliary_losses(self.model)
-        if weight:
+        if weight := self.args.attention_diversification:
             losses["attention_diversification"] = weight * attention_diversification_loss(maps)
         for name, auxiliary_loss in losses.items():
-            self.log(f"train/{name}", auxiliary_loss, on_step=True, on_epoch=True, batch_size=len(images),
+            self.log(f"train/{name}", auxiliary_loss, on_step=True, on_epoch=True, batch_size=len(batch[1]),
                      sync_dist=True)
             loss = loss + auxiliary_loss
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images),
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch[1]),
                  sync_dist=True)
         return loss
 
@@ -332,6 +345,30 @@ class ClassificationTask(Task):
         normalisation = getattr(getattr(self.trainer, "datamodule", None), "normalisation", None)
         return Tile(thumbnail(image, normalisation), f"{text}\n{Path(file).name}".rstrip())
 
+    def _batch_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Loss of one batch, mixed in the way whose turn it is, and the attention maps if these are asked for."""
+        mixing, mixed = self.mixing, None
+        if mixing is not None and torch.rand(()).item() < self.args.mixing_prob:
+            mixed = mixing.mix(self.model, images, targets)
+            images, targets = mixed.images, mixed.targets
+        elif self.mix:
+            images, targets = self.mix(images, targets)
+        labelled = mixed is not None and self.args.attention_labels
+        recorded: Any = nullcontext([])
+        if self.args.attention_diversification or labelled:
+            recorded = attention_maps(self.model, last=not self.args.attention_diversification)
+        with recorded as maps:
+            tokens = labelled or (mixed is not None and isinstance(mixing, SelfMotivatedMix))
+            seen = forward_tokens(self.model, images) if tokens else None
+            logits = self(images) if seen is None else seen.logits
+        if mixed is not None and seen is not None and isinstance(mixing, MaskMix):
+            weight = None if self.class_weight is None else self.class_weight.to(logits.device)
+            return mixing.loss(mixed, seen, maps[-1], self.args.label_smoothing, weight), maps
+        if mixed is not None and seen is not None and isinstance(mixing, SelfMotivatedMix):
+            return mixing.loss(mixed, seen, self._training_loss), maps
+        loss = self._training_loss(logits, targets)
+        return loss + mixing.unused() if isinstance(mixing, SelfMotivatedMix) else loss, maps
+
     def _training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.args.label_smoothing
         weight = None if self.class_weight is None else self.class_weight.to(logits.device)
@@ -376,9 +413,19 @@ def _check_attention(args: Any) -> None:
     """Raises a ValueError for arguments of what looks at attention that do not go together."""
     if not 0 <= args.attention_diversification < math.inf:
         raise ValueError(f"attention_diversification must not be negative, got {args.attention_diversification}")
-    if args.compile and args.attention_diversification:
-        raise ValueError("attention_diversification needs attention maps, which a compiled model does not give: leave "
-                         "compile out")
+    if not 0 < args.mixing_prob <= 1:
+        raise ValueError(f"mixing_prob must be above 0 and at most 1, got {args.mixing_prob}")
+    for name in ("mask_patch", "attention_labels"):
+        if args[name] and args.mixing != "maskmix":
+            raise ValueError(f"{name} is of mixing maskmix, and mixing is {args.mixing or 'not set'}")
+    if args.mixing and args.multi_label:
+        raise ValueError(f"mixing {args.mixing} needs one label for an image, and multi_label is true")
+    looking = "attention_labels" if args.attention_labels else "mixing smmix" if args.mixing == "smmix" else ""
+    if looking and args.bce:
+        raise ValueError(f"{looking} weighs cross-entropies: leave bce out")
+    looking = looking or ("attention_diversification" if args.attention_diversification else "")
+    if looking and args.compile:
+        raise ValueError(f"{looking} needs attention maps, which a compiled model does not give: leave compile out")
 
 
 def _check_weights(weights: Any, num_classes: int) -> None:

@@ -56,6 +56,11 @@ class DistillationTask(ClassificationTask):
         if not 0 < weight <= 1 or temperature <= 0:
             raise ValueError(f"weight must lie between 0 and 1 and temperature be positive, got {weight} and "
                              f"{temperature}")
+        for name in ("attention_labels", "attention_diversification"):
+            if self.args[name]:
+                raise ValueError(f"{name} cannot be used in distillation: the attention would be the teacher's too")
+        if self.args.mixing == "smmix":
+            raise ValueError("mixing smmix cannot be used in distillation: its images have an answer to learn from")
         if kind == "features" and self.args.compile:
             raise ValueError("compile goes with the kinds hard and soft: features are taken from within the model")
         if kind != "features" and self.args.multi_label:

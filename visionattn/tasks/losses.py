@@ -95,7 +95,7 @@ def ohem_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor
 def attention_diversification_loss(maps: Sequence[Tensor], threshold: float = 2.0) -> Tensor:
     """How much all queries attend to the same keys, mean over the layers: 1 if they all do, 0 if none is attended to.
 
-    "Robustifying Token Attention for Vision Transformers" (arXiv 2303.11126), section 3.3. In each layer, with means
+    "Robustifying Token Attention for Vision Transformers" (arXiv 2303.11126). In each layer, with means
     over the heads, the attention of every query is compared with the mean of all queries by their cosine, both without
     the keys that get ``threshold / keys`` or less. Where attention is so even that no key's mean gets more, the loss
     and its gradient are 0.
