@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         expected |= type(error).__name__ == "MisconfigurationException"  # Lightning's, which is not imported here
         if not expected or os.environ.get("VISIONATTN_TRACEBACK"):
             raise
-        return _fail(_one_line(error), code=2 if isinstance(error, argparse.ArgumentError) else 1)
+        from .runtime.say import one_line
+
+        return _fail(one_line(error), code=2 if isinstance(error, argparse.ArgumentError) else 1)
 
 
 def _help() -> str:
@@ -86,14 +88,3 @@ def _fail(message: str, code: int) -> int:
     print(f"visionattn: error: {message}", file=sys.stderr)
     return code
 
-
-def _one_line(error: Exception) -> str:
-    """The error's message; of one that a loader process raised, the message there."""
-    text = str(error).strip()
-    if isinstance(error, ModuleNotFoundError) and error.name and text == f"No module named {error.name!r}":
-        package = error.name.partition(".")[0]  # as where exported files alone were to run
-        text = f"this needs the package {package}: pip install visionattn"
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].partition(": ")[2]
-    text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]} ..."

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import lightning.pytorch as pl
 import pytest
@@ -144,3 +145,37 @@ def test_run_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_lived
     assert _rows(tmp_path / "killed") == _rows(tmp_path / "lived")
     tested = [(tmp_path / name / "test_metrics.json").read_text() for name in ("killed", "lived")]
     assert tested[0] == tested[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_all_processes_are_told_to_stop_and_do_within_seconds(processes, tmp_path):
+    """As schedulers do it: each process gets SIGTERM, those that load images too."""
+    trainer = SETTINGS["trainer"] | {
+        "devices": processes, "max_epochs": 1000, "limit_train_batches": 1.0, "limit_val_batches": 1.0,
+        "enable_checkpointing": True} | ({"strategy": "ddp"} if processes > 1 else {})
+    data = SETTINGS["data"] | {"init_args": SETTINGS["data"]["init_args"] | {"num_workers": 1}}
+    config, run, log = tmp_path / "config.yaml", tmp_path / "run", tmp_path / "log"
+    config.write_text(yaml.safe_dump(SETTINGS | {"trainer": trainer, "data": data}))
+    command = [sys.executable, "-m", "visionattn", "fit", "--config", str(config), "--trainer.default_root_dir",
+               str(run), "--resume", "auto"]
+    steps = []
+    for begun in ("the training begins", "Going on with"):
+        with log.open("w") as file:
+            process = subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT,
+                                       start_new_session=True)
+        for _ in range(1200):
+            if "Training test_biformer" in log.read_text() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        time.sleep(4 + len(steps))  # somewhere in training
+        os.killpg(process.pid, signal.SIGTERM)
+        told = time.time()
+        assert process.wait(60) == 143, log.read_text()
+        said = log.read_text()
+        assert begun in said
+        assert "Traceback" not in said
+        assert "visionattn: interrupted; go on with: " in said
+        assert (run / "checkpoints" / "last.ckpt").stat().st_mtime - told < 10
+        steps.append(_last(run)["global_step"])
+    assert 0 < steps[0] < steps[1]

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from tests.data.images import truncate, write_classes
 from visionattn.cli import main
 from visionattn.tasks.guarding import LossGuard
 from visionattn.tasks.resuming import newest_checkpoint
@@ -184,3 +186,39 @@ def test_steps_that_a_gradient_scaler_leaves_out_are_not_counted(scaler, skipped
 def test_too_many_steps_in_a_row_stop(tmp_path, capfd):
     assert _poisoned(tmp_path, [1, 2, 3], skip=True, in_a_row=1) == 1
     assert "the loss of step 3 (epoch 2) is not finite and so were 1 steps before" in capfd.readouterr().err
+
+
+class Spoils(pl.Callback):
+    """Spoils the training images in the second epoch."""
+
+    def __init__(self, root: str, how: str):
+        self.root, self.how = root, how
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        for file in Path(self.root, "train").rglob("*.*") if trainer.current_epoch == 1 else ():
+            if self.how == "vanished":
+                file.unlink()
+            else:
+                truncate(file)
+
+
+@pytest.mark.parametrize(("how", "workers", "expected"), [
+    ("vanished", 1, "there is no such file"), ("unreadable", 0, "cannot be read as an image")])
+def test_image_that_is_spoiled_in_mid_training_is_named_with_how_to_go_on(how, workers, expected, tmp_path, capfd):
+    for split in ("train", "val"):
+        write_classes(tmp_path / "photos" / split)
+    config, last = tmp_path / "config.yaml", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    spoils = {"class_path": "tests.tasks.test_surviving.Spoils",
+              "init_args": {"root": str(tmp_path / "photos"), "how": how}}
+    config.write_text(yaml.safe_dump(DIGITS | {
+        "data": {"class_path": "ImageFolderData", "init_args": {
+            "root": str(tmp_path / "photos"), "image_size": 32, "batch_size": 2, "num_workers": workers}},
+        "trainer": DIGITS["trainer"] | {"callbacks": [spoils]}}))
+    assert main(["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path / "run")]) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("visionattn: error: ")
+    assert expected in line
+    assert str(tmp_path / "photos" / "train") in line
+    assert line.endswith(f"; {last} stays: once that is mended, go on with: visionattn fit --config "
+                         f"{tmp_path / 'run' / 'config.yaml'} --ckpt_path last")
+    assert torch.load(last, weights_only=True)["global_step"] == 2

@@ -29,10 +29,10 @@ from .. import data  # noqa: F401  (the data modules may be named without their 
 from ..data.loading import LoadedData
 from ..data.report import DataReport
 from ..recipes import with_recipes
-from ..runtime.say import say
+from ..runtime.say import one_line, say
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
-from .guarding import LossGuard
+from .guarding import LossGuard, NotFiniteError
 from .midepoch import MidEpochCheckpoint
 from .resuming import Resumable, is_complete, newest_checkpoint
 from .run_folder import moved_run, relocated, with_run, with_run_folders
@@ -119,12 +119,18 @@ class _RunCLI(LightningCLI):
             if not _is_first_process():
                 raise SystemExit(code) from None
             raise KeyboardInterrupt(f"interrupted; {self._how_to_go_on()}", code) from None
-        except OSError as error:
-            if not is_full(error):
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, OSError) and is_full(error):
+                path = error.filename or self.trainer.default_root_dir
+                raise OSError(f"{path} cannot be written: {error.strerror}; free some space, then "
+                              f"{self._how_to_go_on()}") from error
+            kept = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt")
+            if subcommand != "fit" or self._trained or not self.trainer.global_step or not kept.is_file() or isinstance(
+                    error, NotFiniteError):  # which would come again
                 raise
-            path = error.filename or self.trainer.default_root_dir
-            raise OSError(f"{path} cannot be written: {error.strerror}; free some space, then {self._how_to_go_on()}"
-                          ) from error
+            kind = next(kind for kind in (FileNotFoundError, OSError, ValueError, RuntimeError)
+                        if isinstance(error, kind))
+            raise kind(f"{one_line(error, 300)}; {kept} stays: once that is mended, {self._how_to_go_on()}") from error
 
     def _is_complete(self) -> bool:
         """Whether ``--resume auto`` finds nothing left to do, which is said."""
