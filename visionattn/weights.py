@@ -19,7 +19,7 @@ from torch import Tensor
 from . import models  # noqa: F401  (registers the zoo in timm)
 from .models._builder import allow_options
 
-__all__ = ["check_name", "fitting", "imagenet_names", "read_checkpoint", "timm_model"]
+__all__ = ["check_name", "classes_of", "fitting", "imagenet_names", "read_checkpoint", "timm_model"]
 
 
 def check_name(name: str) -> None:
@@ -27,6 +27,13 @@ def check_name(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
         close = get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"there is no model {name!r}" + (f"; similar names: {', '.join(close)}" if close else ""))
+
+
+def classes_of(name: str, state_dict: dict[str, Tensor]) -> int | None:
+    """Classes of the head in a state dict of the model ``name``, timm's or its authors'; None if none is found."""
+    classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None)
+    heads = (state_dict.get(f"{key}.weight") for key in (classifier, "head", "head.fc", "fc", "classifier"))
+    return next((len(head) for head in heads if head is not None and head.ndim > 1), None)
 
 
 def timm_model(name: str, drop_path_rate: float | None = None, **args: Any) -> Any:

@@ -325,3 +325,15 @@ def test_compiled_and_channels_last_runs_train_the_same_and_keep_their_names(tra
     assert list(weights[0]) == list(weights[1])
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("classes", "kept"), [(7, True), (3, False), (1000, False)])
+def test_the_head_of_a_state_dict_is_kept_where_its_classes_are_as_many(classes, kept, tmp_path):
+    """1000 classes too, of which a file of ImageNet-22k has more and timm expects as many."""
+    source = timm.create_model("test_dinat", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "seven.pth")
+    model = ClassificationTask("test_dinat", classes, checkpoint_path=str(tmp_path / "seven.pth")).model
+    weights, given = model.state_dict(), source.state_dict()
+    assert all(torch.equal(weights[key], given[key]) for key in given if not key.startswith("head."))
+    assert len(weights[f"{HEAD}.weight"]) == classes
+    assert torch.equal(weights[f"{HEAD}.weight"][:3], given[f"{HEAD}.weight"][:3]) == kept

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from ..layers import attention_maps, auxiliary_losses
 from ..runtime.engine import Meaning
 from ..runtime.say import say
-from ..weights import check_name, fitting, read_checkpoint, timm_model
+from ..weights import check_name, classes_of, fitting, read_checkpoint, timm_model
 from .base import Task, check_arguments
 from .calibration import SingleLabelCounts
 from .charts import Tile
@@ -463,6 +463,9 @@ def create_classifier(backbone: str, pretrained: bool, checkpoint_path: str | No
         if run["backbone"] != backbone:
             raise ValueError(f"{checkpoint_path} is of the model {run['backbone']}, not {backbone}")
         overlay |= {"num_classes": run["num_classes"], "input_size": (run.get("in_chans", 3), 224, 224)}
+    elif ":" not in backbone:
+        classes = classes_of(backbone, state_dict)
+        overlay |= {} if classes is None else {"num_classes": classes}
     with fitting(backbone, checkpoint_path):
         model: Any = timm_model(backbone, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     model.pretrained_cfg["state_dict"] = None  # timm would keep the tensors for good

@@ -1,7 +1,6 @@
 """Distillation: a classifier that learns from another model's answers, and a backbone from its features alone."""
 from typing import Any, Literal
 
-import timm
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torchmetrics import MeanMetric
 from ..data.classification import normalisation
 from ..layers import auxiliary_losses
 from ..runtime.engine import Meaning
-from ..weights import check_name, read_checkpoint
+from ..weights import check_name, classes_of, read_checkpoint
 from .base import Task, check_arguments
 from .classification import ClassificationTask, create_classifier
 from .rebuild import create_model
@@ -299,11 +298,9 @@ class _Teacher:
 
 
 def _classes(name: str, checkpoint: str | None) -> int | None:
-    """Classes of the head in a state dict; None where the file, or there being none, tells them otherwise."""
+    """Classes of the head in a state dict; None where a run or timm knows them."""
     state_dict, run = ({}, None) if checkpoint is None else read_checkpoint(checkpoint)
-    classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None)
-    head = state_dict.get(f"{classifier}.weight")
-    return None if run is not None or head is None else len(head)
+    return None if run is not None else classes_of(name, state_dict)
 
 
 def _width(model: Any) -> int:
