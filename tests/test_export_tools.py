@@ -1,4 +1,6 @@
-"""What users' own tools make of our models and files: OpenVINO, onnxruntime's quantisation and float16, onnxslim."""
+"""What users' tools make of models and files: OpenVINO, onnxruntime's quantisation and float16, onnxslim, torchao."""
+import copy
+
 import numpy as np
 import onnx
 import pytest
@@ -8,10 +10,11 @@ import torch
 from visionattn import export
 from visionattn.models import families
 
-# One quick; the others' own ways of writing attention are what the tools could stumble on.
-VARIANTS = [pytest.param(name, options, marks=[] if name == "test_efficientvit_cga" else pytest.mark.slow)
-            for family in families().values() for name, options in family.small.items()
-            if name in ("test_efficientvit_cga", "test_transnext", "test_biformer", "test_routing_vit")]
+VARIANTS = [(name, options) for family in families().values() for name, options in family.small.items()]
+# One quick; the others' own ways of writing attention are what a tracer could stumble on.
+TRACED = [pytest.param(name, options, marks=[] if name == "test_efficientvit_cga" else pytest.mark.slow)
+          for name, options in VARIANTS
+          if name in ("test_efficientvit_cga", "test_transnext", "test_biformer", "test_routing_vit")]
 
 
 def answers(model, images):
@@ -44,7 +47,7 @@ def test_files_go_through_tools(name, options, tmp_path):
     assert error(str(tmp_path / "int8.onnx")) <= 0.2
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize(("name", "options"), TRACED)
 def test_openvino_converts_modules(name, options):
     import openvino
 
@@ -57,3 +60,23 @@ def test_openvino_converts_modules(name, options):
     compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     difference = torch.from_numpy(compiled(images.numpy())[0]) - expected
     assert difference.abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", [False, True])
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_torchao_quantises_modules(name, options, activations):
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **options).eval()
+    images = torch.randn(2, 3, 64, 64)
+    quantized = copy.deepcopy(model)
+    quantization.quantize_(quantized, quantization.Int8DynamicActivationInt8WeightConfig() if activations
+                           else quantization.Int8WeightOnlyConfig())
+    linear = [key for key, module in quantized.named_modules()
+              if isinstance(module, torch.nn.Linear) and type(module.weight).__name__ == "Int8Tensor"]
+    assert linear == [key for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    with torch.inference_mode():
+        expected, actual = (x - x.mean(dim=1, keepdim=True) for x in (model(images), quantized(images)))
+    error = ((actual - expected).square().mean() / expected.square().mean()).sqrt()
+    assert 0 < error <= 0.1

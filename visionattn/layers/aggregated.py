@@ -65,14 +65,15 @@ def _position_bias(
     Returns:
         ``[heads, rows * columns of queries, rows * columns of keys]``.
     """
-    weight = network.hidden.weight
+    weight, out_weight = _numbers(network.hidden.weight), _numbers(network.out.weight)
+    sources = [weight, network.hidden.bias, out_weight, network.out.bias]
 
     def make() -> Tensor:
         # An axis has few different offsets: the network runs for these, and the bias is taken from the result.
         axes = [_Axis(q, k, made_for, weight.device) for q, k in zip(queries, keys, strict=True)]
         y, x = (_coordinates(axis.offsets, trained).to(weight.dtype)
                 for axis, trained in zip(axes, network.trained_size, strict=True))
-        table = _network(network, y, x)
+        table = _network(y, x, *sources)
         for dim, axis in enumerate(axes, 1):
             table = axis.take(table, dim)
         table = table.unflatten(2, (queries[1], keys[1])).unflatten(1, (queries[0], keys[0]))
@@ -80,20 +81,24 @@ def _position_bias(
 
     if not all(isinstance(size, int) for size in (*queries, *keys)):  # symbolic, in an exported graph
         return make()
-    sources = [weight, network.hidden.bias, network.out.weight, network.out.bias]
     return keep("position bias", (queries, keys, made_for), make, sources=sources, owner=network, device=weight.device)
 
 
-def _network(network: PositionBias, y: Tensor, x: Tensor) -> Tensor:
+def _numbers(weight: Tensor) -> Tensor:
+    """The numbers of a weight that torchao or the like quantised, whose tensors can be multiplied but not be read."""
+    return weight.dequantize() if type(weight).dequantize is not Tensor.dequantize else weight
+
+
+def _network(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
     """Biases of all pairs of vertical and horizontal coordinates, ``[heads, rows, columns]``."""
-    rows = y[:, None] * network.hidden.weight[:, 0]
-    columns = x[:, None] * network.hidden.weight[:, 1] + network.hidden.bias
+    rows = y[:, None] * weight[:, 0]
+    columns = x[:, None] * weight[:, 1] + bias
     if exporting() or rows.device.type == "meta":
         parts = [rows]
     else:
         parts = list(rows.split(max(_CHUNK_BYTES // (columns.numel() * columns.element_size()), 1)))
     return torch.cat([
-        F.linear((part[:, None] + columns).relu(), network.out.weight, network.out.bias) for part in parts
+        F.linear((part[:, None] + columns).relu(), out_weight, out_bias) for part in parts
     ]).permute(2, 0, 1)
 
 
