@@ -123,6 +123,32 @@ def test_segmenter_of_photos(photos, tmp_path):
     report = quantize_onnx(path, tmp_path / "int8.onnx", images)
     assert report.agreement > 0.9
     assert report.size_ratio < 0.35
+    before, after = (onnx.load(file).graph.node for file in (path, tmp_path / "int8.onnx"))
+    assert "BatchNormalization" in {node.op_type for node in before}
+    assert "BatchNormalization" not in {node.op_type for node in after}  # folded into the convolutions
+    makers = {value: node.op_type for node in after for value in node.output}
+    assert "DequantizeLinear" not in {makers[node.input[0]] for node in after if node.op_type == "Relu"}
+    assert "Add" in {makers[node.input[0]] for node in after if node.op_type == "Relu"}  # of no convolution alone
+
+
+def test_large_constants_cost_no_time(photos, tmp_path):
+    """Runtimes compute them once, when they load the file."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = timm.create_model("vitrpb_small", num_classes=2, embed_dim=24, depth=1)
+    path = export.export_onnx(model, tmp_path / "float.onnx", (64, 64)).path
+    report = quantize_onnx(path, tmp_path / "int8.onnx", Calibration(path, photos))
+    assert report.float_layers == []
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(tmp_path / "int8.onnx", options, providers=["CPUExecutionProvider"])
+    file, loaded = (onnx.load(tmp_path / name).graph for name in ("int8.onnx", "loaded.onnx"))
+    assert max(np.prod(item.dims) for item in file.initializer if item.data_type == onnx.TensorProto.FLOAT) < 1024
+    assert any(np.prod(item.dims) >= 1024 for item in loaded.initializer if item.data_type == onnx.TensorProto.FLOAT)
+    weights = {item.name for item in loaded.initializer}
+    assert not [node for node in loaded.node if node.op_type in ("DequantizeLinear", "Cast")
+                and node.input[0] in weights]
 
 
 def test_folders_that_cannot_calibrate(classifier, photos, tmp_path, caplog):

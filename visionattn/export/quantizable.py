@@ -13,7 +13,7 @@ class FloatFile(NamedTuple):
     """An exported file that is to be quantised.
 
     Attributes:
-        proto: The ONNX model.
+        proto: The ONNX model, batch norms folded.
         facts: Its metadata.
         layers: By their module's name their nodes.
         search: Of a detector the maps in which it looks for objects; else nothing.
@@ -37,7 +37,24 @@ def float_file(source: Path) -> FloatFile:
     facts = read_facts(proto)
     if "quantization" in facts:
         raise ValueError(f"{source} is quantised already: give the float file")
+    proto = _without_norms(proto)
     return FloatFile(proto, facts, layers_of(proto), _search_inputs(proto))
+
+
+def _without_norms(proto: Any) -> Any:
+    """The model with batch norms folded into the convolutions before them: left there, each would be computed in float.
+    """
+    from onnxscript.rewriter import rewrite
+    from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_rule
+
+    if not any(node.op_type == "BatchNormalization" for node in proto.graph.node):
+        return proto
+    before = {node.name for node in proto.graph.node}
+    proto = rewrite(proto, [fuse_batchnorm_into_conv_rule])
+    for node in proto.graph.node:
+        if node.op_type == "Conv" and node.name not in before:  # which may not say whose part it is
+            node.name = f"{node.input[1]}/normalised"
+    return proto
 
 
 def read_facts(proto: Any) -> dict[str, Any]:

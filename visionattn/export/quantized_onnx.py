@@ -20,6 +20,7 @@ class OnnxNetwork:
     """An exported file, the ranges of its values, and what becomes of it with some of its layers quantised."""
 
     def __init__(self, source: Path, calibrating: Sequence[np.ndarray], judged: Sequence[np.ndarray]):
+        import onnx
         from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
         from onnxruntime.quantization.calibrate import create_calibrator
 
@@ -39,9 +40,11 @@ class OnnxNetwork:
                 return None if image is None else {name: image}
 
         with tempfile.TemporaryDirectory() as folder, silent():
+            plain = Path(folder, "plain.onnx")
+            onnx.save(self.proto, str(plain))
             # What is beyond the layers' inputs and outputs needs no range.
             calibrator = create_calibrator(
-                source, list(LINEAR), augmented_model_path=str(Path(folder, "augmented.onnx")),
+                plain, [*LINEAR, "Relu"], augmented_model_path=str(Path(folder, "augmented.onnx")),
                 calibrate_method=CalibrationMethod.MinMax)
             calibrator.collect_data(Reader())
             self.ranges = calibrator.compute_data()
@@ -63,7 +66,8 @@ class OnnxNetwork:
             return proto
         with silent():
             quantizer = QDQQuantizer(
-                proto, True, False, QuantType.QInt8, QuantType.QUInt8, self.ranges, nodes, [], list(LINEAR),
+                proto, True, False, QuantType.QInt8, QuantType.QUInt8, self.ranges, nodes + _relus(proto, nodes), [],
+                [*LINEAR, "Relu"],
                 # Products stay float, to which onnxruntime adds the bias and of which it takes the GELU at once.
                 {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]})
             quantizer.quantize_model()
@@ -123,6 +127,13 @@ def _sort(graph: Any) -> None:
     graph.node.extend(ordered)
 
 
+def _relus(proto: Any, quantized: list[str]) -> list[str]:
+    """The ReLUs of these nodes' convolutions, whose answers' unsigned range does what they do."""
+    names = set(quantized)
+    convolved = {node.output[0] for node in proto.graph.node if node.op_type == "Conv" and node.name in names}
+    return [node.name for node in proto.graph.node if node.op_type == "Relu" and node.input[0] in convolved]
+
+
 def _tables(proto: Any) -> list[Any]:
     """The large float constants of a graph that are no weights of its layers."""
     from onnx import TensorProto
@@ -133,8 +144,12 @@ def _tables(proto: Any) -> list[Any]:
 
 
 def _shorten_tables(proto: Any) -> None:
-    """Stores large float constants, such as tables of biases, in 8 bits: each with a node that makes it float again."""
-    from onnx import helper, numpy_helper
+    """Stores large float constants, such as tables of biases, in 8 bits, with nodes that make them float again.
+
+    These are a cast and a product, which onnxruntime computes once when it loads the file, and not DequantizeLinear,
+    which it computes in every run.
+    """
+    from onnx import TensorProto, helper, numpy_helper
 
     nodes = []
     for item in _tables(proto):
@@ -144,10 +159,9 @@ def _shorten_tables(proto: Any) -> None:
             continue
         proto.graph.initializer.extend([
             numpy_helper.from_array(np.rint(values / scale).astype(np.int8), short),
-            numpy_helper.from_array(np.array(scale), f"{short}_scale"),
-            numpy_helper.from_array(np.array(0, np.int8), f"{short}_zero")])
-        nodes.append(helper.make_node(
-            "DequantizeLinear", [short, f"{short}_scale", f"{short}_zero"], [item.name], f"{item.name}_float"))
+            numpy_helper.from_array(np.array(scale), f"{short}_scale")])
+        nodes += [helper.make_node("Cast", [short], [f"{short}_cast"], f"{item.name}_cast", to=TensorProto.FLOAT),
+                  helper.make_node("Mul", [f"{short}_cast", f"{short}_scale"], [item.name], f"{item.name}_float")]
         proto.graph.initializer.remove(item)
     kept = [*nodes, *proto.graph.node]
     del proto.graph.node[:]

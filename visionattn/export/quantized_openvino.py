@@ -26,10 +26,10 @@ class OpenvinoNetwork:
             raise ModuleNotFoundError(
                 f"quantising for OpenVINO needs the package {error.name}: pip install 'visionattn[quantize]'") from None
         self.openvino, self.nncf = openvino, nncf
-        _, self.facts, self.layers, self.search = float_file(source)
+        proto, self.facts, self.layers, self.search = float_file(source)
         self.calibrating, self.judged = calibrating, judged
         self.core = openvino.Core()
-        self.model = self.core.read_model(source)
+        self.model = self.core.read_model(proto.SerializeToString())
         self.float = self.runner(self.model)
         wanted = {node for nodes in self.layers.values() for node in nodes}
         # What is no layer with weights stays float, and OpenVINO quantises no constants that are picked from.
