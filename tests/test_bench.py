@@ -3,6 +3,7 @@ import csv
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -321,18 +322,22 @@ def test_bench_export_times_what_is_right_and_writes_a_table_and_a_picture(monke
     monkeypatch.setattr(exported, "export_onnx", export_another)
     out = tmp_path / "new" / "speed.csv"
     assert main(["bench", "export", "--models", "test_efficientvit_cga", "test_agent_deit", "--forms", "onnxruntime",
-                 "--threads", "1", "--repeat", "1", "--out", str(out)]) == 0
+                 "onnxruntime_int8", "--threads", "1", "--repeat", "1", "--out", str(out)]) == 0
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["model"], row["form"], row["note"]) for row in rows] == [
         ("test_efficientvit_cga", "eager", ""), ("test_efficientvit_cga", "onnxruntime", ""),
-        ("test_agent_deit", "eager", ""), ("test_agent_deit", "onnxruntime", "wrong result")]
-    assert rows[3]["latency_ms"] == rows[3]["peak_mib"] == ""
-    for row in rows[:3]:
+        ("test_efficientvit_cga", "onnxruntime_int8", rows[2]["note"]), ("test_agent_deit", "eager", ""),
+        ("test_agent_deit", "onnxruntime", "wrong result"), ("test_agent_deit", "onnxruntime_int8", "wrong result")]
+    assert re.fullmatch(r"error 0\.0\d\d, 0 of \d+ layers float", rows[2]["note"])
+    for row in rows[4:]:
+        assert row["latency_ms"] == row["peak_mib"] == ""
+    for row in rows[:4]:
         assert float(row["latency_ms"]) > 0
-        assert float(row["difference"]) < 1e-4
+        assert float(row["difference"]) < (0.2 if "int8" in row["form"] else 1e-4)
         assert 20 < float(row["peak_mib"]) < 4096
-    eager, onnx = rows[:2]
+    eager, onnx, int8, _ = rows[:4]
+    assert 0 < float(int8["disk_mib"]) < float(onnx["disk_mib"]) / 2
     assert (eager["latency_over_eager"], eager["batch_over_eager"]) == ("1", "1")
     ratio = float(onnx["latency_ms"]) / float(eager["latency_ms"])
     assert float(onnx["latency_over_eager"]) == pytest.approx(ratio, rel=1e-2)
@@ -345,7 +350,7 @@ def test_bench_export_times_what_is_right_and_writes_a_table_and_a_picture(monke
     page.write_text("before\n<!-- measured tables -->\nold\n<!-- end of measured tables -->\nafter\n")
     subprocess.run([sys.executable, TOOLS / "write_measured_tables.py", out, page], check=True)
     text = page.read_text()
-    assert "| model | eager | onnxruntime |" in text
+    assert "| model | eager | onnxruntime | onnxruntime_int8 |" in text
     assert f"{onnx['latency_ms']}; {onnx['images_per_s']} ({onnx['latency_over_eager']}" in text
 
 

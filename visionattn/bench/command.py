@@ -64,8 +64,8 @@ def main(argv: list[str]) -> int:
         "as of timm.create_model (default: a small one of every family, timm's swin_tiny and efficientvit_m5)"))
     exported.add_argument(
         "--forms", nargs="+", choices=EXPORT_FORMS, metavar="FORM",
-        default=[form for form in EXPORT_FORMS if form != "compiled"],
-        help=f"of {', '.join(EXPORT_FORMS)} (default: all but compiled, which takes a minute a model)")
+        default=["eager", "onnxruntime", "openvino"],
+        help=f"of {', '.join(EXPORT_FORMS)} (default: %(default)s; the others take a minute or more a model)")
     exported.add_argument("--threads", type=int, default=torch.get_num_threads())
     exported.add_argument("--repeat", type=int, default=7, help="turns of every form")
     exported.add_argument("--out", type=Path, default=Path("results/export_speed_cpu.csv"), help=(

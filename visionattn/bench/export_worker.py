@@ -101,7 +101,8 @@ def _openvino(file: str, threads: int) -> _Run:
     return lambda images: request.infer({0: images})[0]
 
 
-_FORMS = {"eager": _eager, "compiled": _compiled, "onnxruntime": _onnxruntime, "openvino": _openvino}
+_FORMS = {"eager": _eager, "compiled": _compiled, "onnxruntime": _onnxruntime, "openvino": _openvino,
+          "onnxruntime_int8": _onnxruntime, "openvino_int8": _openvino}
 
 if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]

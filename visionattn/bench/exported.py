@@ -24,15 +24,19 @@ import visionattn
 
 from ..export import export_onnx
 from ..export.check import Check, relative, undecided
+from ..export.quantize import quantize_onnx, save_openvino
 from ..models import families
 from .machine import cpu_name, figure, version
 
 __all__ = ["BATCHES", "EXPORT_FORMS", "benchmark_export", "default_models", "describe_export"]
 
-EXPORT_FORMS = ("eager", "compiled", "onnxruntime", "openvino")
+EXPORT_FORMS = ("eager", "compiled", "onnxruntime", "openvino", "onnxruntime_int8", "openvino_int8")
 BATCHES = (1, 8)  # whose latency and whose throughput is measured
 _PEERS = ("swin_tiny_patch4_window7_224", "efficientvit_m5")  # timm's
 _TOLERANCE = 1e-3  # of logits, as a share of the largest: a route may hang on rounding
+_INT8_TOLERANCE = 0.3  # of files whose error in the mean is within the limit of the quantisation
+_CALIBRATING = 8  # random images that calibrate, and as many that measure the error
+_PACKAGES = {"openvino": ["openvino"], "openvino_int8": ["openvino", "nncf"]}
 _WORKER = Path(__file__).with_name("export_worker.py")
 
 
@@ -63,6 +67,8 @@ def benchmark_export(
         One row per form: milliseconds of one image, images a second in batches of 8, both also as multiples of eager's
         time, most memory of the process and size on disk in MiB, and the largest difference of its logits from
         eager's as a share of the largest. A form that is missing, fails or is wrong has a note in place of figures.
+        Forms in 8 bits are calibrated with random images, which says how fast they are; how many of their layers are
+        float, and the error in the mean, stand in the note.
 
     Raises:
         ValueError: There is no such form.
@@ -74,15 +80,16 @@ def benchmark_export(
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         files, notes = _files(name, forms, Path(folder))
         workers = {form: stack.enter_context(_worker(form, files[form], folder, threads)) for form in files}
-        differences = {}
+        differences, right = {}, []
         for form, worker in workers.items():
             answer = _answer(worker)
             differences[form] = answer.get("difference")
             if "error" in answer:
                 notes[form] = answer["error"]
-            elif not answer["difference"] <= _TOLERANCE:
+            elif not answer["difference"] <= (_INT8_TOLERANCE if "int8" in form else _TOLERANCE):
                 notes[form] = "wrong result"
-        right = [form for form in workers if not notes.get(form)]
+            else:
+                right.append(form)
         seconds: dict[tuple[str, int], list[float]] = {(form, batch): [] for form in right for batch in BATCHES}
         for _ in range(repeat):
             for form, batch in seconds:
@@ -134,17 +141,32 @@ def _files(name: str, forms: Sequence[str], folder: Path) -> tuple[dict[str, str
         for kind, x in (("images", images), ("logits", logits)):
             (folder / kind).mkdir(exist_ok=True)
             np.save(folder / kind / f"{batch}.npy", x.numpy())
+    np.save(folder / "calibration.npy", torch.randn(2 * _CALIBRATING, *images.shape[1:], generator=generator).numpy())
     files, notes = {}, {}
     for form in forms:
         if form in ("eager", "compiled"):
             files[form] = name
         elif form == "onnxruntime":
             files[form] = str(file)
-        elif importlib.util.find_spec("openvino") is None:
-            notes[form] = "needs the package openvino"
-        else:
+        elif missing := [package for package in _PACKAGES.get(form, []) if importlib.util.find_spec(package) is None]:
+            notes[form] = f"needs the package {missing[0]}"
+        elif form == "openvino":
             files[form] = _openvino_file(file)
+        else:
+            try:
+                files[form], notes[form] = _quantized_file(file, form)
+            except RuntimeError as error:
+                notes[form] = str(error)
     return files, notes
+
+
+def _quantized_file(file: Path, form: str) -> tuple[str, str]:
+    """A file in 8 bits, and what is to be known about it."""
+    quantize, ending = (quantize_onnx, ".onnx") if form == "onnxruntime_int8" else (save_openvino, ".xml")
+    out = file.with_name(f"{form}{ending}")
+    images = list(np.load(file.with_name("calibration.npy"))[:, None])
+    report = quantize(file, out, images)
+    return str(out), f"error {report.error:.3f}, {len(report.float_layers)} of {report.layers} layers float"
 
 
 def _openvino_file(file: Path) -> str:

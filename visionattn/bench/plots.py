@@ -82,7 +82,7 @@ def plot_export(rows: list[dict[str, Any]], path: Path) -> Path:
     axes[0].legend(fontsize="small")
     row = rows[0]
     figure.suptitle(
-        f"Models with float32 weights and exported; {row['machine']}, {row['threads']} threads, torch {row['torch']}, "
+        f"Models in PyTorch and exported; {row['machine']}, {row['threads']} threads, torch {row['torch']}, "
         f"onnxruntime {row['onnxruntime']}, openvino {row['openvino']}, {row['date']}", fontsize="small")
     figure.savefig(path, dpi=120)
     return path
