@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from visionattn import export
+from visionattn.export.onnx_file import onnx_model
 from visionattn.models import families
 
 VARIANTS = [(name, options) for family in families().values() for name, options in family.small.items()]
@@ -26,14 +26,15 @@ def answers(model, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize(("name", "options"), [next(iter(family.small.items())) for family in families().values()])
 def test_files_go_through_tools(name, options, tmp_path):
     import onnxslim
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     torch.manual_seed(0)
-    path = export.export_onnx(timm.create_model(name, num_classes=5, **options), tmp_path / "model.onnx", (64, 64)).path
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx_model(timm.create_model(name, num_classes=5, **options), (64, 64))[0], path)
     images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
     expected = answers(str(path), images)
 
