@@ -1,4 +1,5 @@
 """Shipped recipes by their names: from any folder, after files of one's own, and with one line for a slip."""
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_the_list_has_every_recipe_once_with_what_it_is_for(capsys):
         (line,) = [line for line in lines if line.split()[0] == path.stem]
         assert len(line.split()) > 4
         assert len(line) < 160
+
+
+def test_the_families_cards_name_recipes_that_there_are():
+    named = {name for card in (CONFIGS[0].parents[2] / "docs" / "models").glob("*.md")
+             for name in re.findall(r"`(?:[^`]* )?(imagenet\w+|\w+_(?:\dx|[48]0k|160k))`", card.read_text())}
+    assert len(named) > 30
+    assert named <= set(RECIPES)
 
 
 def test_one_is_printed_as_it_is(capsys):
