@@ -1,5 +1,5 @@
-"""LightningDataModules: scikit-learn's digits (no download), image folders, tables of labels, COCO, VOC and YOLO files,
-folders of masks.
+"""LightningDataModules: scikit-learn's digits (no download), image folders, tables of labels, tar files and other
+archives, COCO, VOC and YOLO files, folders of masks.
 
 What a task may ask of a data module: the attributes ``num_classes`` and ``class_names``, ``in_chans`` and
 ``multi_label`` (3 and False if absent) from construction on, and batches. H and W may differ from image to image where
@@ -33,6 +33,7 @@ Segmentation
 from .coco import CocoData
 from .digits import DigitsData
 from .image_folder import ImageFolderData
+from .packed import PackedData
 from .scenes import DigitScenesData
 from .segmentation_folder import SegmentationFolderData
 from .table import CsvData
@@ -41,6 +42,6 @@ from .voc_folder import VocData
 from .yolo import YoloData
 
 __all__ = [
-    "CocoData", "CsvData", "DigitScenesData", "DigitsData", "ImageFolderData", "SegmentationFolderData",
+    "CocoData", "CsvData", "DigitScenesData", "DigitsData", "ImageFolderData", "PackedData", "SegmentationFolderData",
     "UnlabelledFolderData", "VocData", "YoloData",
 ]

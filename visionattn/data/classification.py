@@ -156,7 +156,8 @@ class ClassificationData(LoadedData):
         for name in ("val", "test"):
             known = self.verify and name in self.samples and "train" in self.samples
             if known and (name in listed or "train" in listed):
-                say_shared(name, *([file for file, _ in self.samples[part]] for part in (name, "train")))
+                say_shared(name, *([file for file, _ in self.samples[part] if isinstance(file, Path)]
+                                   for part in (name, "train")))
 
     def _images(self, samples: list[Sample], transform: Callable[[Any], Tensor]) -> "_Images":
         return _Images(samples, transform, self.decoding, self.num_classes if self.multi_label else None)

@@ -69,8 +69,9 @@ class LoadedData(pl.LightningDataModule):
                 f"{self.min_batches}.")
             dataset = ConcatDataset([dataset] * times)
             weights = None if weights is None else weights.repeat(times)
-        sampler = _EpochSampler(dataset, *self._ranks(), self.seed, endless, weights, repeats)
-        full = len(sampler) >= self.batch_size
+        # Where images are left out, they are from the start: several processes take as many steps as one would.
+        full = len(dataset) // ranks >= self.batch_size  # type: ignore[arg-type]
+        sampler = _EpochSampler(dataset, *self._ranks(), self.seed, endless, full, weights, repeats)
         loader = _EpochLoader(
             _Seeded(dataset), batch_size=self.batch_size, sampler=sampler, drop_last=full, **self._loader_args())
         loader.done = self._batches_done
@@ -154,8 +155,8 @@ class _EpochSampler(DistributedSampler):
     skip = 0
 
     def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int, endless: bool,
-                 weights: Tensor | None = None, repeats: int = 1):
-        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
+                 drop_last: bool = False, weights: Tensor | None = None, repeats: int = 1):
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=drop_last)
         self.endless, self.weights, self.repeats = endless, weights, repeats
 
     def __iter__(self) -> Iterator[int]:

@@ -1,6 +1,6 @@
 """A backbone with a segmentation head, and the ways of running it over an image: whole, in windows, at many scales."""
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,17 @@ class Segmenter(nn.Module):
         """The backbone's maps of ``images [B, C, H, W]`` in [0, 1]."""
         return self.backbone((images - self.mean) / self.std)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes, H, W]`` of ``images [B, C, H, W]`` in [0, 1]."""
-        return resize(self.head(self.features(images)), images.shape[-2:])
+    def forward(self, images: Tensor, maps: bool = False) -> Any:
+        """Logits ``[B, classes, H, W]`` of ``images [B, C, H, W]`` in [0, 1].
+
+        With ``maps`` a list of what the head gives and, if there is one, the auxiliary head: logits ``[B, classes, h,
+        w]`` before they are enlarged.
+        """
+        features = self.features(images)
+        logits = self.head(features)
+        if not maps:
+            return resize(logits, images.shape[-2:])
+        return [logits] if self.auxiliary_head is None else [logits, self.auxiliary_head(features[-2])]
 
 
 def sliding_window(

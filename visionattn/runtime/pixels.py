@@ -194,7 +194,7 @@ class Decoding(NamedTuple):
             raise ValueError(f"{file.suffix[1:].upper()} files cannot be decoded: convert it to JPEG or PNG")
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
-        image = Image.open(file)
+        image = Image.open(file if isinstance(file, Path) else file.open("rb"))  # or in another file, or in a table
         width, height = image.size
         if width * height > self.max_pixels:
             image.close()

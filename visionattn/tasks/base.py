@@ -9,22 +9,25 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils.agc import adaptive_clip_grad
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..data.loading import seed_random
 from ..runtime.engine import Meaning
 from ..runtime.say import say
 from ..runtime.writers import open_results
+from .averaging import MovingAverage
 from .findings import Findings, Mistakes
 from .freezing import Freezing
 from .midepoch import resumes_within_epoch
 from .optim import check_optimizer, cosine_with_warmup, make_optimizer, poly_with_warmup
 from .run_folder import Moved, relocated
+from .sharding import FullySharded
 
 __all__ = ["Task", "check_arguments"]
 
@@ -41,7 +44,15 @@ class Task(pl.LightningModule):
         """The moving average of the weights, while fitting."""
         if self.args.ema_decay is None or self.trainer.state.fn != "fit":
             return []
-        return [WeightAveraging(multi_avg_fn=_MovingAverage(self.args.ema_decay))]
+        return [MovingAverage(self.args.ema_decay)]
+
+    def configure_model(self) -> None:
+        """Cuts the weights into pieces where the strategy is ``fsdp2``."""
+        strategy = getattr(self._trainer, "strategy", None)
+        if isinstance(strategy, FullySharded):
+            strategy.shard(self)
+        elif isinstance(strategy, FSDPStrategy):
+            raise ValueError("the strategy fsdp knows neither our averages nor our checkpoints: take fsdp2")
 
     def setup(self, stage: str) -> None:
         """Before a fit: brings the weights into the order of channels that is asked for, and compiles what trains."""
@@ -236,27 +247,6 @@ class Task(pl.LightningModule):
         worst = Mistakes.worst(self.of_all_processes(findings.mistakes.take() if findings.mistakes else []))
         if self.trainer.is_global_zero:
             findings.write(Path(self.trainer.default_root_dir), worst)
-
-
-class _MovingAverage:
-    """Updates an exponential moving average of weights whose decay rises to ``decay`` with the number of updates.
-
-    A run's first weights thus do not outweigh those that were trained: after ``n`` steps the average spans about the
-    last ninth of them, or what ``decay`` spans where that is less.
-    """
-
-    def __init__(self, decay: float):
-        self.decay = decay
-
-    @torch.no_grad()
-    def __call__(self, averages: list[Tensor], weights: list[Tensor], updates: Tensor) -> None:
-        """Takes tensors of one device and dtype, and the number of updates before this one."""
-        count = int(updates)
-        decay = min(self.decay, max(0.5, (1 + count) / (10 + count)))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-        else:  # counts, such as a batch norm's
-            torch._foreach_copy_(averages, weights)
 
 
 def check_arguments(args: Any, least: int = 0) -> None:

@@ -35,7 +35,7 @@ from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 from .guarding import LossGuard, NotFiniteError
 from .midepoch import MidEpochCheckpoint
 from .resuming import Resumable, is_complete, newest_checkpoint
-from .run_folder import moved_run, relocated, with_run, with_run_folders
+from .run_folder import moved_run, new_run_folder, relocated, with_run, with_run_folders
 from .saving import LatestBest, RunLogger, WholeConfig, WholeFiles, is_full
 from .story import EpochLines, OneBar, figures
 from .summary import add_test, draw_run, summarise, write_readme
@@ -172,7 +172,7 @@ class _RunCLI(LightningCLI):
             raise ValueError("--resume auto needs a run folder that is the same each time: give "
                              "--trainer.default_root_dir; without it a run is named by the time")
         if config.trainer.default_root_dir is None:
-            config.trainer.default_root_dir = f"runs/{time.strftime('%Y-%m-%d-%H%M%S')}"
+            config.trainer.default_root_dir = new_run_folder()
         run = Path(config.trainer.default_root_dir)
         for file in config.get("config") or []:  # callbacks and loggers may name the place where a run was
             moved = moved_run(Path(str(file)))

@@ -1,5 +1,7 @@
 """Run folders: where a run and its checkpoints lie, also after it was moved or copied."""
 import inspect
+import os
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,24 @@ from ..data.digits import MEAN, STD
 from ..runtime.pixels import Decoding
 from ..runtime.say import say
 
-__all__ = ["Moved", "Run", "find_run", "moved_run", "relocated", "with_run", "with_run_folders"]
+__all__ = ["Moved", "Run", "find_run", "moved_run", "new_run_folder", "relocated", "with_run", "with_run_folders"]
 
 _SETTINGS = ("image_size", "interpolation", "crop_pct", "mean", "std", "short_side", "max_size")  # of data modules
+_NEW = "VISIONATTN_NEW_RUN"  # where a process leaves the name for those that Lightning starts for other devices
+
+
+def new_run_folder() -> str:
+    """``runs/<date and time>``, the same in all processes of a run.
+
+    Raises:
+        ValueError: The processes were started by somebody else and cannot agree on a time.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise ValueError("processes that torchrun or srun started cannot name a run by the time: give them all "
+                         "the same --trainer.default_root_dir")
+    if os.environ.get("LOCAL_RANK", "0") == "0" or _NEW not in os.environ:
+        os.environ[_NEW] = f"runs/{time.strftime('%Y-%m-%d-%H%M%S')}"
+    return os.environ[_NEW]
 
 
 class Moved(NamedTuple):

@@ -217,11 +217,10 @@ class SegmentationTask(Task):
         images, labels = batch
         _check_labels(labels)
         size = labels.shape[-2:]
-        features = self.model.features(images)
-        losses = {"segmentation": self.loss(resize(self.model.head(features), size), labels)}
-        if self.model.auxiliary_head is not None:
-            logits = resize(self.model.auxiliary_head(features[-2]), size)
-            losses["auxiliary"] = self.args.auxiliary_weight * self.loss(logits, labels)
+        logits, *auxiliary = (resize(maps, size) for maps in self.model(images, maps=True))
+        losses = {"segmentation": self.loss(logits, labels)}
+        if auxiliary:
+            losses["auxiliary"] = self.args.auxiliary_weight * self.loss(auxiliary[0], labels)
         losses |= auxiliary_losses(self.model)
         loss = torch.stack(list(losses.values())).sum()
         common: dict[str, Any] = dict(on_step=True, on_epoch=True, batch_size=len(images), sync_dist=True)
