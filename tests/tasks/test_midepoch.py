@@ -108,21 +108,23 @@ def _rows(run):
 
 
 @pytest.mark.parametrize(("epoch", "batch", "where"), [
-    (0, 1, "train"),  # at a step
+    pytest.param(0, 1, "train", marks=pytest.mark.slow),  # at a step
     pytest.param(1, 2, "train", marks=pytest.mark.slow),  # within a step
     pytest.param(0, 4, "train", marks=pytest.mark.slow),  # the last of an epoch, after which it validates
     (1, 1, "validate"), pytest.param(0, 2, "validate", marks=pytest.mark.slow),
     (1, 3, "load"), pytest.param(1, 0, "load", marks=pytest.mark.slow),
 ])
-def test_terminated_run_goes_on_where_it_was(epoch, batch, where, fit, lived, tmp_path, capfd):
+@pytest.mark.parametrize("end", ["epochs", pytest.param("steps", marks=pytest.mark.slow)])
+def test_terminated_run_goes_on_where_it_was(epoch, batch, where, end, fit, lived, tmp_path, capfd):
     stops = ["--trainer.callbacks+=tests.tasks.test_midepoch.Terminates", f"--trainer.callbacks.epoch={epoch}",
              f"--trainer.callbacks.batch={batch}", f"--trainer.callbacks.where={where}"]
-    assert fit("stopped", *stops) == 143
+    last = ["--trainer.max_epochs", "-1", "--trainer.max_steps", str(EPOCHS * 3)] if end == "steps" else []
+    assert fit("stopped", *last, *stops) == 143
     assert "visionattn: interrupted; go on with: " in capfd.readouterr().err
     halfway = _last(tmp_path / "stopped")
     done = {"train": batch + 1, "load": batch, "validate": BATCHES}[where]
     assert halfway["global_step"] == epoch * 3 + (done // 2 if done < BATCHES else 3)
-    assert fit("stopped", "--resume", "auto") == 0
+    assert fit("stopped", *last, "--resume", "auto") == 0
     _assert_equal(_last(tmp_path / "stopped"), _last(lived))
     assert _rows(tmp_path / "stopped") == _rows(lived)
 

@@ -9,13 +9,24 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-__all__ = ["MidEpochCheckpoint", "resumes_within_epoch"]
+__all__ = ["FitLoop", "MidEpochCheckpoint", "resumes_within_epoch"]
+
+
+class FitLoop(_FitLoop):
+    """Goes on at the end of an epoch whether the training's end is told in epochs or in steps.
+
+    Of the latter Lightning would end the finished epoch again, count it twice, and shuffle the next like the one after.
+    """
+
+    def _iteration_based_training(self) -> bool:
+        return False
 
 
 class MidEpochCheckpoint(Checkpoint):

@@ -33,7 +33,7 @@ from ..runtime.say import one_line, say
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
 from .guarding import LossGuard, NotFiniteError
-from .midepoch import MidEpochCheckpoint
+from .midepoch import FitLoop, MidEpochCheckpoint
 from .resuming import Resumable, is_complete, newest_checkpoint
 from .run_folder import moved_run, new_run_folder, relocated, with_run, with_run_folders
 from .saving import LatestBest, RunLogger, WholeConfig, WholeFiles, is_full
@@ -369,6 +369,7 @@ class _RunCLI(LightningCLI):
         if config.enable_checkpointing is not False and not any(isinstance(c, MidEpochCheckpoint) for c in callbacks):
             callbacks.append(MidEpochCheckpoint())
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer.fit_loop.__class__ = FitLoop
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             last = run / "checkpoints" / "last.ckpt"
             trainer.strategy.checkpoint_io = WholeFiles(last if self._found and self._found.path != last else None)
