@@ -99,7 +99,8 @@ class Task(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds by the run's seed and the step, as in a run that was never interrupted."""
         if "PL_GLOBAL_SEED" in os.environ:  # set by seed_everything
-            seed_random([int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, self.global_rank, batch_idx])
+            seed_random([int(os.environ["PL_GLOBAL_SEED"]), self.current_epoch, self.global_rank, batch_idx],
+                        devices=self.device.type != "cpu")
 
     def train(self, mode: bool = True) -> "Task":
         """Sets the mode of what is not frozen."""
