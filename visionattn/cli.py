@@ -28,7 +28,7 @@ _COMMANDS = {
     "compare": _Command("visionattn.compare", "show runs side by side: a table, and a picture of their curves"),
     "check-data": _Command("visionattn.data.check", "check a folder of data without training: table, faults, pictures"),
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
-    "bench": _Command("visionattn.bench", "time the ops beside their peers; simulate what windows cost", named=True),
+    "bench": _Command("visionattn.bench", "time the ops beside their peers, exported models, a run's data", named=True),
     "backends": _Command("visionattn.bench", "show which implementation of each op runs here, and why not", named=True),
     "list": _Command("visionattn.listing", "show the models: size, cost, accuracy and where their weights are"),
     "demo": _Command("visionattn.demo", "train, test and look at a small net: classification, detection, segmentation"),

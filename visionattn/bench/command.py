@@ -3,6 +3,7 @@ import argparse
 import csv
 import inspect
 import itertools
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +25,13 @@ __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...`` or ``bench export ...``."""
+    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...``, ``bench export ...`` or ``bench data ...``."""
+    if argv[:2] == ["bench", "data"]:
+        return _time_data(argv[2:])
     parser = argparse.ArgumentParser(prog="visionattn")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("backends", help="what runs here, and why not")
-    bench = commands.add_parser("bench", help="simulate tiles, or time ops and exported models").add_subparsers(
+    bench = commands.add_parser("bench", help="simulate tiles, or time ops, exported models and data").add_subparsers(
         dest="subject", required=True)
 
     tiles = bench.add_parser("simulate", description=_summary(simulate), help="the tiles that a window makes visit",
@@ -71,6 +74,8 @@ def main(argv: list[str]) -> int:
     exported.add_argument("--out", type=Path, default=Path("results/export_speed_cpu.csv"), help=(
         "CSV file (default: %(default)s); the picture is written beside it"))
 
+    bench.add_parser("data", help="what a loader gives and a model takes: RECIPE or configuration, and options of fit")
+
     args = parser.parse_args(argv)
     if args.command == "backends":
         print(backend_table())
@@ -80,6 +85,15 @@ def main(argv: list[str]) -> int:
         _print_exported(args, exported)
     else:
         _print_benchmark(args, ops)
+    return 0
+
+
+def _time_data(argv: list[str]) -> int:
+    from ..tasks.bench_data import arguments
+    from ..tasks.run import launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        launch(arguments(argv, folder))
     return 0
 
 
