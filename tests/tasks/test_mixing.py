@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from tests.layers.test_attention_maps import tiny
+from tests.processes import together
 from visionattn.data import DigitsData
 from visionattn.layers import attention_maps
 from visionattn.tasks import ClassificationTask
@@ -27,6 +28,7 @@ from visionattn.tasks.mixing import (
     tokens_of_cells,
     window_sums,
 )
+from visionattn.tasks.sharding import FullySharded
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
 
@@ -365,3 +367,27 @@ def test_every_parameter_has_a_gradient_in_every_batch():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         _task(**kwargs)
+
+
+def _two(folder):
+    """Two processes that mix, or not, each by its own random numbers, keep the same weights."""
+    pl.seed_everything(0, verbose=False)
+    task = _task(mixing="smmix", mixing_prob=0.5, lr=1e-2)
+    before = task.mixing.token_head.weight.detach().clone()
+    trainer = _trainer(folder, devices=2, strategy="ddp", limit_train_batches=5, limit_val_batches=0)
+    trainer.fit(task, DigitsData(image_size=32, batch_size=4))
+    weights = torch.cat([parameter.detach().flatten() for parameter in task.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    torch.distributed.all_gather(both, weights)
+    assert torch.equal(*both)
+    assert not torch.equal(task.mixing.token_head.weight, before)
+
+
+def test_two_processes(tmp_path):
+    together(2, _two, tmp_path)
+
+
+@pytest.mark.parametrize("kwargs", [dict(mixing="smmix"), dict(mixing="maskmix", attention_labels=True)])
+def test_models_in_pieces_cannot_run_in_parts(kwargs):
+    with pytest.raises(ValueError, match="fsdp2 does not take mixing smmix and attention_labels"):
+        FullySharded().shard(_task(**kwargs))

@@ -54,6 +54,8 @@ class FullySharded(ModelParallelStrategy):
             "trainer.precision 16-mixed: take bf16-mixed": self.precision_plugin.precision == "16-mixed",
             "clip_agc, which needs whole weights: take trainer.gradient_clip_val": args.clip_agc,
             "compile: leave it out": args.compile,
+            "mixing smmix and attention_labels, which run the model in parts: leave them out":
+                args.get("mixing") == "smmix" or args.get("attention_labels"),
             f"the optimizer {args.optimizer}: take one of {', '.join(_OPTIMIZERS)}": args.optimizer not in _OPTIMIZERS,
         }
         for what, there in refused.items():
