@@ -61,7 +61,7 @@ def test_every_command_is_of_a_walk_or_of_a_large_data_set():
              *_commands("folder_finetune")]
     assert [command[1] for command in walks].count("export") == 3
     for command in COMMANDS:
-        if command not in [*walks, ["visionattn", "train", "photos"]]:  # test_readme.py runs that
+        if command not in walks and command[:3] != ["visionattn", "train", "photos"]:  # test_readme.py runs that
             assert command[:3] == ["visionattn", "fit", "--config"]
             assert "data/" in (ROOT / command[3]).read_text()
 
