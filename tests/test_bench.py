@@ -14,7 +14,7 @@ import timm
 import torch
 
 from visionattn import bench, ops
-from visionattn.bench import command, exported, peers, timing
+from visionattn.bench import command, exported, peers, timing, training
 from visionattn.cli import main
 from visionattn.export import export_onnx
 from visionattn.ops import Case, dispatch, neighborhood_attention, use_backend
@@ -368,15 +368,47 @@ def test_the_tool_is_the_command():
     assert "--compiled" in done.stdout
 
 
-@pytest.mark.slow
-def test_families_are_timed_beside_swin_and_convnext(tmp_path):
-    out = tmp_path / "families.csv"
-    subprocess.run([sys.executable, TOOLS / "benchmark_families.py", "--models", "efficientvit*", "--batch", "2",
-                    "--repeats", "1", "--output", out], check=True)
+def test_steps_of_training_are_timed_by_their_parts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "BESIDE", "test_vit")
+    out = tmp_path / "train.csv"
+    assert main(["bench", "train", "--models", "test_dinat", "test_vit", "--image-size", "64", "--batch", "2",
+                 "--repeat", "1", "--threads", "1", "--out", str(out)]) == 0
     with out.open(newline="") as file:
-        rows = {row["model"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["swin_tiny_patch4_window7_224", "convnext_tiny", "efficientvit_cga_m0"]
-    for row in rows.values():
-        for what in ("forward_1", "forward_2", "step_2"):
-            assert float(row[f"{what}_ms"]) > 0
-    assert rows["convnext_tiny"]["step_2_over_convnext_tiny"] == "1.0"
+        ours, peer = csv.DictReader(file)
+    assert (ours["model"], ours["form"], ours["note"]) == ("test_dinat", "eager", "")
+    assert int(ours["parameters"]) == sum(x.numel() for x in timm.create_model("test_dinat").parameters())
+    for row in (ours, peer):
+        parts = [float(row[f"{part}_ms"]) for part in ("forward", "backward", "optimizer")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(float(row["step_ms"]), rel=1e-2)
+        assert float(row["images_per_s"]) == pytest.approx(2000 / float(row["step_ms"]), rel=1e-2)
+        assert float(row["peak_mib"]) > 0
+        assert float(row["data_ms"]) > 0
+    assert "test_dinat" in capsys.readouterr().out
+
+
+def test_a_model_without_gradients_is_not_timed(monkeypatch):
+    monkeypatch.setattr(training, "BESIDE", "test_vit")
+    create = training._create
+
+    def broken(name, image_size):
+        model = create(name, image_size)
+        if name == "test_dinat":
+            model.head.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
+        return model
+
+    monkeypatch.setattr(training, "_create", broken)
+    row, = bench.benchmark_training("test_dinat", 1, 64, 1)
+    assert row["note"] == "test_dinat: no finite gradient of head.unused"
+    assert row["step_ms"] == ""
+    assert row["runs"] == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_compared_with_the_eager_one(monkeypatch):
+    monkeypatch.setattr(training, "BESIDE", "test_vit")
+    rows = bench.benchmark_training("test_dinat", 2, 64, 1, compiled=True)
+    assert [row["form"] for row in rows] == ["eager", "compiled"]
+    assert all(float(row["step_over_swin_tiny"]) > 0 for row in rows)
+    monkeypatch.setattr(training, "_TOLERANCE", -1.0)
+    assert "wrong result" in bench.benchmark_training("test_dinat", 2, 64, 1, compiled=True)[1]["note"]

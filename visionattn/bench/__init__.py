@@ -1,13 +1,14 @@
-"""Measuring and explaining the ops: ``visionattn backends``, ``visionattn bench simulate``, ``ops`` and ``export``.
+"""Measuring and explaining: ``visionattn backends``, ``visionattn bench simulate``, ``ops``, ``export`` and ``train``.
 
 ``backends`` asks every backend of every op what it can run here. ``simulate`` counts the tiles that a block-sparse
 kernel must visit and so bounds its speed-up over dense attention. ``ops`` times the ops and their peers, each after its
-result was checked. ``export`` times models in PyTorch and exported.
+result was checked. ``export`` times models in PyTorch and exported, ``train`` steps of training.
 """
 from .backends import backend_table
 from .command import main
 from .exported import benchmark_export
 from .machine import Machine, measure_machine
 from .timing import benchmark
+from .training import benchmark_training
 
-__all__ = ["Machine", "backend_table", "benchmark", "benchmark_export", "main", "measure_machine"]
+__all__ = ["Machine", "backend_table", "benchmark", "benchmark_export", "benchmark_training", "main", "measure_machine"]

@@ -17,21 +17,23 @@ from ..ops import cases, dispatch
 from ..simulate import simulate
 from .backends import backend_table
 from .exported import BATCHES, EXPORT_FORMS, benchmark_export, default_models, describe_export
-from .machine import measure_machine
+from .machine import measure_machine, version
 from .plots import plot_export, plot_scaling
 from .timing import DIRECTIONS, benchmark
+from .training import TRAINING_PEERS, benchmark_training, data_seconds, models_of_families
 
 __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...``, ``bench export ...`` or ``bench data ...``."""
+    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...``, ``bench export ...``, ``bench train ...``
+    or ``bench data ...``."""
     if argv[:2] == ["bench", "data"]:
         return _time_data(argv[2:])
     parser = argparse.ArgumentParser(prog="visionattn")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("backends", help="what runs here, and why not")
-    bench = commands.add_parser("bench", help="simulate tiles, or time ops, exported models and data").add_subparsers(
+    bench = commands.add_parser("bench", help="simulate tiles, or time ops, exported models, training, data").add_subparsers(
         dest="subject", required=True)
 
     tiles = bench.add_parser("simulate", description=_summary(simulate), help="the tiles that a window makes visit",
@@ -74,6 +76,18 @@ def main(argv: list[str]) -> int:
     exported.add_argument("--out", type=Path, default=Path("results/export_speed_cpu.csv"), help=(
         "CSV file (default: %(default)s); the picture is written beside it"))
 
+    training = bench.add_parser("train", description=_summary(benchmark_training), help="time steps of training",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_argument("--models", nargs="+", metavar="NAME", help=(
+        f"as of timm.create_model (default: one of every family, and {', '.join(TRAINING_PEERS)})"))
+    training.add_argument("--batch", type=int, default=8, help="images of a step")
+    training.add_argument("--image-size", type=int, default=224, help="their height and width")
+    training.add_argument("--compiled", action="store_true", help="also compiled, which takes a minute a model")
+    training.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    training.add_argument("--threads", type=int, default=torch.get_num_threads())
+    training.add_argument("--repeat", type=int, default=5, help="turns of every model")
+    training.add_argument("--out", type=Path, help="CSV file (default: results/train_DEVICE.csv)")
+
     bench.add_parser("data", help="what a loader gives and a model takes: RECIPE or configuration, and options of fit")
 
     args = parser.parse_args(argv)
@@ -83,6 +97,8 @@ def main(argv: list[str]) -> int:
         _print_simulation(args)
     elif args.subject == "export":
         _print_exported(args, exported)
+    elif args.subject == "train":
+        _print_training(args, training)
     else:
         _print_benchmark(args, ops)
     return 0
@@ -147,8 +163,7 @@ def _print_benchmark(args: argparse.Namespace, parser: argparse.ArgumentParser) 
     chosen = list(_chosen_cases(args.ops, args.cases))
     if not chosen:
         parser.error("no case of the chosen ops has that name")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
+    _check_device(args.device, parser)
     out = args.out or Path("results") / f"ops_{args.device}.csv"
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
@@ -174,11 +189,49 @@ def _print_benchmark(args: argparse.Namespace, parser: argparse.ArgumentParser) 
         print(plot_scaling(rows, out.with_name(f"{out.stem}_scaling.png")))
 
 
-def _print_exported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    names = args.models or default_models()
+def _print_training(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    names = args.models or [*TRAINING_PEERS, *models_of_families()]
+    _check_names(names, parser)
+    _check_device(args.device, parser)
+    torch.set_num_threads(args.threads)
+    description = measure_machine(args.device, torch.float32).description | {"timm": version("timm")}
+    out = args.out or Path("results") / f"train_{args.device}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = data_seconds(args.batch, args.image_size)
+    print(f"{'model':30}{'form':10}" + "".join(f"{title:>12}" for title in (
+        "forward", "backward", "optimizer", "step, ms", "over swin_t", "images/s", "peak MiB", "data, ms")))
+    with out.open("w", newline="") as file:
+        writer = None
+        for row in itertools.chain.from_iterable(
+                benchmark_training(name, args.batch, args.image_size, args.repeat, args.compiled, args.device, data)
+                for name in names):
+            row |= description
+            if writer is None:
+                writer = csv.DictWriter(file, fieldnames=list(row))
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            print("{model:30}{form:10}{forward_ms:>12}{backward_ms:>12}{optimizer_ms:>12}{step_ms:>12}"
+                  "{step_over_swin_tiny:>12}{images_per_s:>12}{peak_mib:>12}{data_ms:>12}  {note}".format(**row),
+                  flush=True)
+    print(out)
+
+
+def _check_names(names: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Stops at a model that timm does not know."""
     known = set(timm.list_models()) | set(timm.list_pretrained())
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no model is called {', '.join(unknown)}; visionattn list has ours")
+
+
+def _check_device(device: str, parser: argparse.ArgumentParser) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+
+
+def _print_exported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    names = args.models or default_models()
+    _check_names(names, parser)
     torch.set_num_threads(args.threads)
     description = describe_export(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from ..simulate import simulate
 from .machine import Machine, dtype_name, figure, synchronize
 from .peers import UNCHECKED, peers
 
-__all__ = ["DIRECTIONS", "benchmark"]
+__all__ = ["DIRECTIONS", "benchmark", "peak_memory"]
 
 DIRECTIONS = ("forward", "forward+backward")
 _UNCHECKED = "computes something else, not checked"
@@ -117,7 +117,7 @@ def benchmark(
             "op": op, "case": case, "direction": DIRECTIONS[backward], "backend": backend,
             "median_ms": figure(median.get(backend)), "best_ms": figure(1e3 * min(seconds.get(backend, [math.nan]))),
             "ratio_to_ours": figure(median.get(backend, math.nan) / ours),
-            "peak_mib": figure(_peak_memory(functools.partial(compute, backend), device) if backend in timed else None),
+            "peak_mib": figure(peak_memory(functools.partial(compute, backend), device) if backend in timed else None),
             "bytes_ms": figure(bounds.get("bytes_ms")), "flops_ms": figure(bounds.get("flops_ms")),
             "speedup_over_dense": figure(median.get("dense_sdpa", math.nan) / median.get(backend, math.nan)),
             "simulated_speedup": figure(simulated), "runs": len(seconds.get(backend, [])), "note": notes[backend],
@@ -194,7 +194,7 @@ def _verify(work: Callable[[], list[Tensor]], expected: list[Tensor], dtype: tor
     return "" if worst < limit else f"wrong result: relative error {worst:.1e}"
 
 
-def _peak_memory(work: Callable[[], Any], device: str) -> float:
+def peak_memory(work: Callable[[], Any], device: str) -> float:
     """MiB of tensors allocated at the same time during ``work()``, at most."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
