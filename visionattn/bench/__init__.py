@@ -1,4 +1,4 @@
-"""Measuring and explaining: ``visionattn backends``, ``visionattn bench simulate``, ``ops``, ``export`` and ``train``.
+"""Measuring and explaining: ``visionattn backends``, ``visionattn bench simulate``, ``ops``, ``export``, ``train``, ``data``.
 
 ``backends`` asks every backend of every op what it can run here. ``simulate`` counts the tiles that a block-sparse
 kernel must visit and so bounds its speed-up over dense attention. ``ops`` times the ops and their peers, each after its

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="visionattn")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("backends", help="what runs here, and why not")
-    bench = commands.add_parser("bench", help="simulate tiles, or time ops, exported models, training, data").add_subparsers(
+    bench = commands.add_parser("bench", help="simulate tiles, or time what runs").add_subparsers(
         dest="subject", required=True)
 
     tiles = bench.add_parser("simulate", description=_summary(simulate), help="the tiles that a window makes visit",
