@@ -12,6 +12,7 @@ from torch import nn
 from visionattn import export
 from visionattn.dense import DenseBackbone
 from visionattn.export import check, formats, tensorrt, weights_sha256
+from visionattn.export.constants import with_constants
 from visionattn.heads.detector import build_detector
 
 
@@ -169,6 +170,34 @@ def test_simplified_and_in_float16(model, tmp_path, capsys):
     assert first == second
     session = onnxruntime.InferenceSession(report.path)
     assert [x.type for x in (*session.get_inputs(), *session.get_outputs())] == ["tensor(float)"] * 2
+
+
+class Counted(nn.Module):
+    """Adds numbers that depend on the images' shape alone, some of them made by writing in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        count = torch.arange(x.shape[-1], dtype=x.dtype) // 2 + torch.eye(x.shape[-1]).sum(0)
+        count += torch.ones_like(x[0, 0, 0]) + x.new_full((1,), 2.0)
+        total = x.new_zeros(x.shape[-1])
+        total[1:].add_(x.sum((0, 1, 2))[1:])
+        return x * self.weight + count + total
+
+
+def test_what_depends_on_no_input_becomes_constants():
+    model, images = Counted(), torch.randn(1, 3, 5, 4)
+    program = torch.export.export(model, (images,))
+    folded = with_constants(program)
+    again = torch.export.export(folded, (images,))
+    names = {node.target._opname for node in again.graph.nodes if node.op == "call_function"}
+    assert names.isdisjoint({"arange", "eye", "floor_divide", "ones_like", "new_full", "new_zeros"})
+    for x in (images, torch.randn(1, 3, 5, 4), images):  # what was computed before has no part in it
+        assert torch.equal(folded(x), model(x))
+    model.weight.data.zero_()
+    assert torch.equal(folded(images), model(images))  # weights are no constants
 
 
 def test_opset_17(model, tmp_path):

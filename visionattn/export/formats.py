@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .check import Check, Run, onnx_runner
+from .constants import with_constants
 from .facts import describe, facts, is_detector, weights_sha256
 from .graph import explained, graphs, silent
 from .onnx_file import OPSET, export_onnx, needed, onnx_model, values_of
@@ -100,12 +101,10 @@ def _captured(
     sha256 = weights_sha256(model)
     source = source_of(plain(model, fuse), image_size, dynamic_size)
     found = facts(source.model, source.check.shapes[0]) | {"weights_sha256": sha256}
-    if kind.one_image:
-        source = source._replace(images=source.images[:1].contiguous(), free={})
     assert kind.write is not None
     with removed_if_wrong(out):
         with explained(f"format {format} cannot have this model"), silent():
-            kind.write(source, json.dumps(found), out)
+            kind.write(_of_one_image(source) if kind.one_image else source, json.dumps(found), out)
         return _report(source.check, out, kind, _values(source, describe(found)))
 
 
@@ -146,6 +145,12 @@ def _values(source: Source, words: dict[str, str]) -> list[str]:
                 shape[axis] = f"{x.shape[axis] * MULTIPLE // side}*{free}"
         lines.append(f"{name} [{', '.join(shape)}]: {words['map' if name.startswith('map_') else name]}")
     return lines
+
+
+def _of_one_image(source: Source) -> Source:
+    """The same for one image of one size, with constants for all that is computed of these alone."""
+    source = source._replace(images=source.images[:1].contiguous(), free={})
+    return source._replace(model=with_constants(_program(source)))
 
 
 def _program(source: Source) -> Any:
