@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 __all__ = ["with_constants"]
 
-_OF_SHAPE = {"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"}  # take no values of their input
+_OF_SHAPE = {"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"}  # whatever their input holds
 
 
 def with_constants(program: torch.export.ExportedProgram) -> nn.Module:

@@ -25,7 +25,7 @@ __all__ = ["ERROR_LIMIT", "IMAGES", "Calibration", "QuantizeReport", "quantize_o
            "save_openvino"]
 
 ERROR_LIMIT = 0.1  # of the answers: root mean square of the difference from float, as a share of that of the answers
-TRIALS, TRIED = 100, 16  # groups of layers that are quantised alone, at most, and images that this is measured on
+TRIALS, TRIED = 128, 16  # groups of layers that are quantised alone, at most, and images that this is measured on
 
 
 class QuantizeReport(NamedTuple):
