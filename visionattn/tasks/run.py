@@ -46,8 +46,19 @@ FROM_DATA = ("num_classes", "class_names", "in_chans", "multi_label")  # argumen
 
 
 def main(argv: list[str]) -> None:
-    """Runs a command as ``launch`` does."""
-    launch(argv)
+    """Runs a command as ``launch`` does or, of ``fit --launcher ray --workers N``, as ``fit_with_ray``."""
+    parser = argparse.ArgumentParser(prog="visionattn fit", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--launcher", choices=["ray"])
+    parser.add_argument("--workers", type=int)
+    options, rest = parser.parse_known_args(argv)
+    if options.launcher and argv[0] == "fit":
+        if options.workers is None:
+            raise ValueError("--launcher ray needs a number of processes: --workers N")
+        from .ray_launcher import fit_with_ray
+
+        fit_with_ray(rest, options.workers, launch)
+    else:
+        launch(argv)
 
 
 def launch(argv: list[str]) -> pl.LightningDataModule:

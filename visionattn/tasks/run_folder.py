@@ -26,8 +26,9 @@ def new_run_folder() -> str:
     Raises:
         ValueError: The processes were started by somebody else and cannot agree on a time.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise ValueError("processes that torchrun or srun started cannot name a run by the time: give them all "
+    apart = "TORCHELASTIC_RUN_ID" in os.environ or "VISIONATTN_RAY" in os.environ
+    if apart or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise ValueError("processes that torchrun, srun or Ray started cannot name a run by the time: give them all "
                          "the same --trainer.default_root_dir")
     if os.environ.get("LOCAL_RANK", "0") == "0" or _NEW not in os.environ:
         os.environ[_NEW] = f"runs/{time.strftime('%Y-%m-%d-%H%M%S')}"
