@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from ..runtime.folders import EXTENSIONS, find_images
 from ..runtime.pixels import Decoding
 from ..runtime.say import say
+from .decoded import DecodedImages, decoded_images
 from .loading import LoadedData
 from .reading import SEVERAL, UNREADABLE, Faults, find_faults, read_image, read_tensor, say_shared
 from .report import DataReport, SplitReport
@@ -60,6 +61,7 @@ class ClassificationData(LoadedData):
         in_chans: Channels of the images.
         balanced_sampling: Draw training images so that every class comes equally often.
         repeats: Times that an epoch shows an image, each time changed at random anew, and so many fewer images.
+        cache_dir: Folder that decoded training images are kept in.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -75,14 +77,17 @@ class ClassificationData(LoadedData):
             crop_pct: float, mean: tuple[float, ...] | None, std: tuple[float, ...] | None,
             on_error: Literal["raise", "skip"], value_range: Literal["type", "file"] | tuple[float, float],
             max_pixels: int, min_batches: int, in_chans: int, balanced_sampling: bool,
-            repeats: int = 1):
+            repeats: int = 1, cache_dir: str | None = None):
         super().__init__(batch_size, num_workers, seed, min_batches)
         Faults(root, on_error)  # complains about on_error
         self.on_error, self.verify, self.predict_root = on_error, verify, predict_root
         self.decoding = Decoding(value_range, max_pixels, in_chans).check()
         if repeats < 1 or (repeats > 1 and balanced_sampling):
             raise ValueError(f"repeats must be 1 or more, and 1 with balanced_sampling, got {repeats}")
+        if cache_dir is not None and in_chans != 3:
+            raise ValueError(f"cache_dir keeps images of three channels, and in_chans is {in_chans}: leave it out")
         self.in_chans, self.balanced_sampling, self.repeats = in_chans, balanced_sampling, repeats
+        self.image_size, self.cache_dir = image_size, cache_dir
         self.normalisation = means, stds = normalisation(mean, std, in_chans)
         self.image_settings = dict(
             image_size=image_size, interpolation=interpolation, crop_pct=crop_pct, mean=means, std=stds,
@@ -115,8 +120,12 @@ class ClassificationData(LoadedData):
     def train_dataloader(self) -> DataLoader:
         """Augmented training images, shuffled."""
         weights = self._sampling_weights() if self.balanced_sampling else None
-        return self._train_loader(
-            self._images(self.samples["train"], self.train_transform), weights=weights, repeats=self.repeats)
+        images = self._images(self.samples["train"], self.train_transform)
+        if self.cache_dir is not None:
+            images.decoded = decoded_images(
+                Path(self.cache_dir), [file for file, _ in images.samples], self.image_size, self.decoding,
+                HINT)
+        return self._train_loader(images, weights=weights, repeats=self.repeats)
 
     def val_dataloader(self) -> DataLoader:
         """Validation images."""
@@ -218,6 +227,7 @@ class _Images(Dataset):
             self, samples: list[tuple[Path, Any]], transform: Callable[[Any], Tensor], decoding: Decoding,
             several: int | None = None):
         self.samples, self.transform, self.decoding, self.several = samples, transform, decoding, several
+        self.decoded: DecodedImages | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -229,6 +239,8 @@ class _Images(Dataset):
         file, label = self.samples[index]
         if self.several is not None:
             label = torch.zeros(self.several).index_fill_(0, torch.tensor(label, dtype=torch.int64), 1)
+        if self.decoded is not None:
+            return self.transform(self.decoded[index]), label
         read: Callable[..., Any] = read_image if self.decoding.channels == 3 else read_tensor
         return self.transform(read(file, HINT, self.decoding)), label
 

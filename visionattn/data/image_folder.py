@@ -63,6 +63,8 @@ class ImageFolderData(ClassificationData):
         balanced_sampling: Draw training images so that every class comes equally often.
         repeats: Times that an epoch shows an image, each time changed at random anew, and so many fewer images
             (repeated augmentation, arXiv 1902.05509). Copies go to different devices.
+        cache_dir: Folder in which training images are kept decoded (their shorter side twice ``image_size`` at most),
+            so that one run alone decodes them, before its first epoch. None decodes in every epoch.
         class_names: The classes in the order of their labels; None takes them from the data. Evaluation takes them from
             the checkpoint, so that the training data need not be there.
 
@@ -101,6 +103,7 @@ class ImageFolderData(ClassificationData):
             in_chans: int = 3,
             balanced_sampling: bool = False,
             repeats: int = 1,
+            cache_dir: str | None = None,
             class_names: list[str] | None = None,
     ):
         if on_bad_image not in (None, "error", "skip"):
@@ -109,7 +112,7 @@ class ImageFolderData(ClassificationData):
             root, image_size, batch_size, num_workers, seed, verify, predict_root, scale, hflip, color_jitter,
             auto_augment, random_erasing, interpolation, train_interpolation, crop_pct, mean, std,
             "skip" if on_bad_image == "skip" else on_error, value_range, max_pixels, min_batches, in_chans,
-            balanced_sampling, repeats)
+            balanced_sampling, repeats, cache_dir)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.val_fraction, self.given = val_fraction, bool(classes)

@@ -131,6 +131,8 @@ class PackedData(ClassificationData):
         label_column: Of ``hfds``: the column of the labels; None takes the only one of classes, or ``label``.
         class_names: The classes in the order of their labels; None takes them from the data.
         repeats: Times that an epoch shows an image, each time changed at random anew, and so many fewer images.
+        cache_dir: Folder in which training images are kept decoded (their shorter side twice ``image_size`` at most),
+            so that one run alone decodes them, before its first epoch. None decodes in every epoch.
 
     Raises:
         FileNotFoundError: ``root`` does not exist.
@@ -169,15 +171,18 @@ class PackedData(ClassificationData):
             label_column: str | None = None,
             class_names: list[str] | None = None,
             repeats: int = 1,
+            cache_dir: str | None = None,
     ):
         super().__init__(
             root, image_size, batch_size, num_workers, seed, verify, predict_root, scale, hflip, color_jitter,
             auto_augment, random_erasing, interpolation, train_interpolation, crop_pct, mean, std, on_error,
-            value_range, max_pixels, min_batches, in_chans, balanced_sampling, repeats)
+            value_range, max_pixels, min_batches, in_chans, balanced_sampling, repeats, cache_dir)
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.root, self.val_fraction = root, val_fraction
         if format == "hfds":
+            if cache_dir is not None:
+                raise ValueError("cache_dir keeps images of files, and format is hfds: leave it out")
             self.source: Any = _Rows(root, image_column, label_column)
         elif format in ("tar", "wds"):
             self.source = _Tars(Path(root), _shard_images if format == "wds" else _tar_images)
