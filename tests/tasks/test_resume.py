@@ -49,6 +49,7 @@ def fast_operators_again():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_operators_again")
 @pytest.mark.parametrize("task", RUNS)
 def test_killed_run_resumes_to_the_weights_of_one_that_lived(task, tmp_path):

@@ -203,7 +203,8 @@ class Spoils(pl.Callback):
 
 
 @pytest.mark.parametrize(("how", "workers", "expected"), [
-    ("vanished", 1, "there is no such file"), ("unreadable", 0, "cannot be read as an image")])
+    pytest.param("vanished", 1, "there is no such file", marks=pytest.mark.slow),
+    ("unreadable", 0, "cannot be read as an image")])
 def test_image_that_is_spoiled_in_mid_training_is_named_with_how_to_go_on(how, workers, expected, tmp_path, capfd):
     for split in ("train", "val"):
         write_classes(tmp_path / "photos" / split)
