@@ -128,10 +128,11 @@ def test_large_scale_jitter(tmp_path, content):
             "bbox": [left, top, 2, 2],
             "segmentation": [[left, top, left + 2, top, left + 2, top + 2, left, top + 2]],
         }
-    data = _make(tmp_path, content, large_scale_jitter=64)
+    loader = _make(tmp_path, content, large_scale_jitter=64).train_dataloader()
     counts = set()
-    for _ in range(20):
-        for image, target in zip(*next(iter(data.train_dataloader())), strict=True):
+    for epoch in range(20):
+        loader.sampler.set_epoch(epoch)
+        for image, target in zip(*next(iter(loader)), strict=True):
             assert image.shape == (3, 64, 64)
             count = len(target["boxes"])
             assert {len(target[key]) for key in ("labels", "masks", "area", "iscrowd")} == {count}

@@ -207,7 +207,7 @@ def test_balanced_sampling_draws_classes_equally_often_and_reproducibly(table, t
 def test_ranks_share_what_is_drawn():
     from visionattn.data.loading import _EpochSampler
     weights = torch.tensor([1.0, 1.0, 8.0, 1.0, 1.0])
-    whole, *parts = (list(_EpochSampler(range(5), ranks, rank, 3, False, weights))
+    whole, *parts = (list(_EpochSampler(range(5), ranks, rank, 3, False, weights=weights))
                      for ranks, rank in ((1, 0), (2, 0), (2, 1)))
     assert len(whole) == 5
     assert [len(part) for part in parts] == [3, 3]
