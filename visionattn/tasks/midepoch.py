@@ -22,11 +22,20 @@ __all__ = ["FitLoop", "MidEpochCheckpoint", "resumes_within_epoch"]
 class FitLoop(_FitLoop):
     """Goes on at the end of an epoch whether the training's end is told in epochs or in steps.
 
-    Of the latter Lightning would end the finished epoch again, count it twice, and shuffle the next like the one after.
+    Of the latter Lightning would end the finished epoch again, count it twice, and shuffle the next like the one after,
+    and leave a last validation out that was begun.
     """
 
     def _iteration_based_training(self) -> bool:
         return False
+
+    @property
+    def done(self) -> bool:
+        """Whether the training has ended, and no validation of a resumed run is to be done first."""
+        validated: Any = self.epoch_loop.val_loop.batch_progress.total
+        if self.restarting and validated.ready > validated.completed:
+            return False
+        return super().done
 
 
 class MidEpochCheckpoint(Checkpoint):
