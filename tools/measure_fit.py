@@ -22,13 +22,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from visionattn.bench.machine import cpu_name
+from visionattn.bench.training import write_photographs
 from visionattn.cli import main as visionattn
-from visionattn.export.check import photographs
 
 __all__ = ["Beside", "main", "measure"]
 
@@ -72,7 +71,7 @@ def measure(case: str, epochs: int, images: int, batch: int, workers: int) -> di
     recipe, options = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
         if case == "jpeg":
-            _write_photos(Path(folder, "photos"), images)
+            write_photographs(Path(folder, "photos"), images)
             options = [*options, "--data.init_args.root", str(Path(folder, "photos")),
                        "--data.init_args.num_workers", str(workers)]
         code = visionattn([
@@ -151,14 +150,6 @@ class _Bare:
                 self.schedule.step()
                 count += len(images)
         return count
-
-
-def _write_photos(root: Path, count: int) -> None:
-    pixels = (255 * photographs(16, 3, 375, 500, generator=torch.Generator().manual_seed(0))).round().byte()
-    for number in range(count):
-        path = root / "ab"[number % 2] / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[number % 16].movedim(0, -1).numpy()).save(path, quality=90)
 
 
 if __name__ == "__main__":

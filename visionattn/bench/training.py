@@ -23,7 +23,8 @@ from ..models import families
 from .machine import figure, synchronize
 from .timing import peak_memory
 
-__all__ = ["BESIDE", "TRAINING_PEERS", "benchmark_training", "data_seconds", "models_of_families"]
+__all__ = ["BESIDE", "TRAINING_PEERS", "benchmark_training", "data_seconds", "models_of_families",
+           "write_photographs"]
 
 BESIDE = "swin_tiny_patch4_window7_224"  # timm's, what the others are timed beside
 TRAINING_PEERS = (BESIDE, "deit_tiny_patch16_224", "efficientvit_m5", "convnext_tiny")
@@ -103,16 +104,8 @@ def data_seconds(batch: int, image_size: int, repeat: int = 3) -> float:
 
     They are decoded, cropped and augmented as ``ImageFolderData`` does by default.
     """
-    images = photographs(batch, 3, *_PHOTO, generator=torch.Generator().manual_seed(0))
-    pixels = (255 * images).round().byte().movedim(1, -1).numpy()
     with tempfile.TemporaryDirectory() as folder:
-        for number, image in enumerate(pixels):
-            path = Path(folder, "train", "ab"[number % 2], f"{number}.jpg")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path, quality=90)
-        for label in "ab":  # a class without a file is refused
-            Path(folder, "train", label).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[0]).save(Path(folder, "train", label, "first.jpg"), quality=90)
+        write_photographs(Path(folder, "train"), max(batch, 4))  # of each of two classes one trains and one validates
         data = ImageFolderData(folder, image_size, batch, num_workers=0, verify=False)
         data.setup("fit")
         dataset: Any = data.train_dataloader().dataset
@@ -123,6 +116,16 @@ def data_seconds(batch: int, image_size: int, repeat: int = 3) -> float:
                 dataset[number % len(dataset)]
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    """Writes so many JPEG files of 500 x 375 pixels, of 16 pictures at most, into the folders of two classes."""
+    images = photographs(min(count, 16), 3, *_PHOTO, generator=torch.Generator().manual_seed(0))
+    pixels = (255 * images).round().byte().movedim(1, -1).numpy()
+    for number in range(count):
+        path = folder / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number % len(pixels)]).save(path, quality=90)
 
 
 class _Step:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..runtime.pixels import Decoding
 from ..runtime.say import say
-from .reading import read_image
+from .reading import find_faults, read_image
 
 __all__ = ["DecodedImages", "decoded_images"]
 
@@ -107,8 +107,8 @@ def _key(files: Sequence[Any], longest: int, decoding: Decoding) -> str:
 
 def _write(path: Path, files: Sequence[Any], longest: int, decoding: Decoding, hint: str) -> _Index:
     """Decodes on several threads, in the order of the files; what is there is whole or has another name."""
-    looks = [decoding.look(file).size or (longest, longest) for file in files]
-    wanted = sum(3 * width * height for width, height in (_shrunk(size, longest) for size in looks))
+    sizes = [look.size or (longest, longest) for look in find_faults(decoding.look, files)]
+    wanted = sum(3 * width * height for width, height in (_shrunk(size, longest) for size in sizes))
     free = shutil.disk_usage(path.parent).free
     if wanted > 0.9 * free:
         raise OSError(f"{path.parent} has no room for the {len(files)} decoded images: they take {wanted / 2**30:.1f} "
@@ -120,17 +120,17 @@ def _write(path: Path, files: Sequence[Any], longest: int, decoding: Decoding, h
         size = _shrunk(image.size, longest)
         return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.LANCZOS))
 
-    part, sizes = path.with_suffix(".part"), []
+    part, shapes = path.with_suffix(".part"), []
     try:
         with part.open("wb") as out, ThreadPoolExecutor() as pool:
             for pixels in _in_order(pool, decode, files):
                 out.write(np.ascontiguousarray(pixels).data)
-                sizes.append(pixels.shape[:2])
-        path.with_suffix(".json").write_text(json.dumps(sizes))
+                shapes.append(pixels.shape[:2])
+        path.with_suffix(".json").write_text(json.dumps(shapes))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return _Index.of(sizes)
+    return _Index.of(shapes)
 
 
 def _in_order(pool: ThreadPoolExecutor, decode: Any, files: Sequence[Any], ahead: int = 64) -> Iterator[np.ndarray]:

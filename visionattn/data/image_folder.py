@@ -4,15 +4,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from sklearn.model_selection import train_test_split
-
 from ..runtime.folders import EXTENSIONS, is_image, is_visible, only_images, visible_files, visible_folders
 from ..runtime.pixels import MAX_PIXELS
 from ..runtime.say import say
 from .classification import ClassificationData, Sample
 from .reading import Faults
 from .report import shortened
-from .splits import split_folders, split_of
+from .splits import hold_out, split_folders, split_of
 
 __all__ = ["ImageFolderData"]
 
@@ -173,14 +171,12 @@ class ImageFolderData(ClassificationData):
         return [(file, label) for label, name in enumerate(self.class_names) for file in files[name] if file in good]
 
     def _hold_out(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-        labels = [label for _, label in samples]
-        images = Counter(labels)
+        images = Counter(label for _, label in samples)
         for label, name in enumerate(self.class_names):
             if images[label] < 2:
                 raise ValueError(f"class folder {self.folders['train'] / name} holds a single image: "
                                  "too few to hold some out for validation; add images or make a val folder")
-        count = min(max(round(self.val_fraction * len(samples)), self.num_classes), len(samples) - self.num_classes)
-        train, val = train_test_split(samples, test_size=count, random_state=0, stratify=labels)
+        train, val = hold_out(samples, self.val_fraction)
         say(f"There is no val folder beside the images of {self.folders['train']}: "
                        f"{len(train)} of them train and {len(val)} validate.")
         return train, val

@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from sklearn.model_selection import train_test_split
-
 from ..runtime.folders import is_image
 from ..runtime.pixels import MAX_PIXELS
 from ..runtime.say import say
 from .classification import ClassificationData, Sample
 from .reading import Faults
 from .report import shortened
-from .splits import split_of
+from .splits import hold_out, split_of
 
 __all__ = ["PackedData"]
 
@@ -233,14 +231,12 @@ class PackedData(ClassificationData):
         return samples
 
     def _hold_out(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-        labels = [label for _, label in samples]
-        few = [self.class_names[label] for label, count in Counter(labels).items() if count < 2]
+        images = Counter(label for _, label in samples)
+        few = [self.class_names[label] for label, count in images.items() if count < 2]
         if few:
             raise ValueError(f"class {few[0]} of {self.root} has a single image: too few to hold some out for "
                              "validation; add images or a split for validation")
-        classes = len(set(labels))
-        count = min(max(round(self.val_fraction * len(samples)), classes), len(samples) - classes)
-        train, val = train_test_split(samples, test_size=count, random_state=0, stratify=labels)
+        train, val = hold_out(samples, self.val_fraction)
         say(f"There are no validation images in {self.root}: {len(train)} of the training images train and {len(val)} "
             "validate.")
         return train, val

@@ -1,16 +1,20 @@
-"""How people spell train, validation and test."""
+"""How people spell train, validation and test, and what validates where they did not split."""
 import re
 from pathlib import Path
+from typing import TypeVar
+
+from sklearn.model_selection import train_test_split
 
 from ..runtime.folders import visible_folders
 
-__all__ = ["SPELLINGS", "split_folders", "split_of"]
+__all__ = ["SPELLINGS", "hold_out", "split_folders", "split_of"]
 
 SPELLINGS = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
     "test": ("test", "testing", "tst"),
 }
+Sample = TypeVar("Sample")
 BESIDE = r"(?:data|dataset|set|split|images?|imgs?|pics|pictures|photos?|folder|dir|files|x|v|fold|coco|the|my)"
 
 
@@ -46,3 +50,17 @@ def split_folders(folder: Path) -> dict[str, Path]:
         if split is not None:
             found[split] = entry
     return found
+
+
+def hold_out(samples: list[tuple[Sample, int]], fraction: float) -> tuple[list, list]:
+    """Samples that train and samples that validate, of each label its share; always the same.
+
+    Args:
+        samples: Pairs whose second is the label; two or more of each label.
+        fraction: Share that validates: one at least of each label, and so many at most that one of each trains.
+    """
+    labels = [label for _, label in samples]
+    classes = len(set(labels))
+    count = min(max(round(fraction * len(samples)), classes), len(samples) - classes)
+    train, val = train_test_split(samples, test_size=count, random_state=0, stratify=labels)
+    return train, val

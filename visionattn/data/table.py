@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from ..runtime.folders import EXTENSIONS, is_image, visible_files
 from ..runtime.pixels import MAX_PIXELS
@@ -18,7 +17,7 @@ from .classification import ClassificationData, Sample
 from .detection import Finder
 from .reading import Faults
 from .report import DataReport, shortened
-from .splits import split_of
+from .splits import hold_out, split_of
 
 __all__ = ["CsvData", "find_tables"]
 
@@ -257,14 +256,12 @@ class CsvData(ClassificationData):
             train = [sample for index, sample in enumerate(samples) if index not in chosen]
             val = [samples[index] for index in sorted(chosen)]
         else:
-            labels = [label for _, label in samples]
-            images = Counter(labels)
+            images = Counter(label for _, label in samples)
             for label, name in enumerate(self.class_names):
                 if images[label] == 1:
                     raise ValueError(f"the class {name!r} of {self.root} has a single image: too few to hold some out "
                                      "for validation; add images or a validation split")
-            count = min(max(round(self.val_fraction * len(samples)), len(images)), len(samples) - len(images))
-            train, val = train_test_split(samples, test_size=count, random_state=0, stratify=labels)
+            train, val = hold_out(samples, self.val_fraction)
         if not train:
             raise ValueError(f"{self.root} has a single image: too few to hold some out for validation")
         say(f"{self.root} has no validation split: of its {len(samples)} training images, {len(train)} train and "

@@ -3,7 +3,7 @@ import json
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.utils.agc import adaptive_clip_grad
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..data.loading import seed_random
@@ -108,6 +108,12 @@ class Task(pl.LightningModule):
         if mode and self.freezing:
             self.freezing.set_modes(self.current_epoch if self._trainer is not None else 0)
         return self
+
+    def log_training(self, loss: Tensor, parts: Mapping[str, Tensor], images: int) -> None:
+        """Logs the loss of a batch of so many images as ``train/loss``, and its ``parts`` by their names."""
+        common: dict[str, Any] = dict(on_step=True, on_epoch=True, batch_size=images, sync_dist=True)
+        self.log("train/loss", loss, prog_bar=True, **common)
+        self.log_dict({f"train/{name}": part for name, part in parts.items()}, **common)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Takes the gradients of layers that do not train yet away, so that the step leaves them as they are."""

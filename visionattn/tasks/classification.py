@@ -217,12 +217,8 @@ class ClassificationTask(Task):
         losses = auxiliary_losses(self.model)
         if weight := self.args.attention_diversification:
             losses["attention_diversification"] = weight * attention_diversification_loss(maps)
-        for name, auxiliary_loss in losses.items():
-            self.log(f"train/{name}", auxiliary_loss, on_step=True, on_epoch=True, batch_size=len(batch[1]),
-                     sync_dist=True)
-            loss = loss + auxiliary_loss
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch[1]),
-                 sync_dist=True)
+        loss = sum(losses.values(), loss)
+        self.log_training(loss, losses, len(batch[1]))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:

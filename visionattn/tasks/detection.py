@@ -186,9 +186,7 @@ class DetectionTask(Task):
         losses: dict[str, Tensor] = self.model(images, [_without_crowds(target) for target in targets])
         losses = losses | auxiliary_losses(self.model)
         loss = torch.stack(list(losses.values())).sum()
-        common: dict[str, Any] = dict(on_step=True, on_epoch=True, batch_size=len(images), sync_dist=True)
-        self.log("train/loss", loss, prog_bar=True, **common)
-        self.log_dict({f"train/{name.removeprefix('loss_')}": value for name, value in losses.items()}, **common)
+        self.log_training(loss, {name.removeprefix("loss_"): value for name, value in losses.items()}, len(images))
         return loss
 
     def validation_step(self, batch: Batch) -> None:

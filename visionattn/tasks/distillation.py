@@ -218,11 +218,9 @@ class FeaturePretrainingTask(Task):
     def training_step(self, batch: Any) -> Tensor:
         """Distance of the features of one batch from the teacher's."""
         loss = self._distance(batch[0])
-        common: dict[str, Any] = dict(on_step=True, on_epoch=True, batch_size=len(batch[0]), sync_dist=True)
-        for name, auxiliary_loss in auxiliary_losses(self.model).items():
-            self.log(f"train/{name}", auxiliary_loss, **common)
-            loss = loss + auxiliary_loss
-        self.log("train/loss", loss, prog_bar=True, **common)
+        losses = auxiliary_losses(self.model)
+        loss = sum(losses.values(), loss)
+        self.log_training(loss, losses, len(batch[0]))
         return loss
 
     def validation_step(self, batch: Any) -> None:

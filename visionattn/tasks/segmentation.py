@@ -223,10 +223,7 @@ class SegmentationTask(Task):
             losses["auxiliary"] = self.args.auxiliary_weight * self.loss(auxiliary[0], labels)
         losses |= auxiliary_losses(self.model)
         loss = torch.stack(list(losses.values())).sum()
-        common: dict[str, Any] = dict(on_step=True, on_epoch=True, batch_size=len(images), sync_dist=True)
-        self.log("train/loss", loss, prog_bar=True, **common)
-        if len(losses) > 1:
-            self.log_dict({f"train/{name}": value for name, value in losses.items()}, **common)
+        self.log_training(loss, losses if len(losses) > 1 else {}, len(images))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
