@@ -407,8 +407,9 @@ def test_a_model_without_gradients_is_not_timed(monkeypatch):
 @pytest.mark.slow
 def test_a_compiled_step_is_compared_with_the_eager_one(monkeypatch):
     monkeypatch.setattr(training, "BESIDE", "test_vit")
-    rows = bench.benchmark_training("test_dinat", 2, 64, 1, compiled=True)
-    assert [row["form"] for row in rows] == ["eager", "compiled"]
+    with monkeypatch.context() as strict:
+        strict.setattr(training, "_TOLERANCE", -1.0)
+        assert "wrong result" in bench.benchmark_training("test_dinat", 2, 32, 1, compiled=True)[1]["note"]
+    rows = bench.benchmark_training("test_dinat", 2, 64, 1, compiled=True)  # whatever was compiled before
+    assert [(row["form"], row["note"]) for row in rows] == [("eager", ""), ("compiled", "")]
     assert all(float(row["step_over_swin_tiny"]) > 0 for row in rows)
-    monkeypatch.setattr(training, "_TOLERANCE", -1.0)
-    assert "wrong result" in bench.benchmark_training("test_dinat", 2, 64, 1, compiled=True)[1]["note"]

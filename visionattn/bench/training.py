@@ -141,6 +141,9 @@ class _Step:
         self.model = _create(name, image_size).to(device).train()
         self.count = sum(parameter.numel() for parameter in self.model.parameters())
         if compiled:
+            # Models share code (the call of a module, a block of another size), for which the compiler would go on from
+            # the one before, with sizes that vary, and after a few of them not compile at all.
+            torch.compiler.reset()
             self.model.compile()
         generator = torch.Generator().manual_seed(1)
         self.images = torch.randn(batch, 3, image_size, image_size, generator=generator).to(device)
