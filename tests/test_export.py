@@ -14,7 +14,7 @@ from torch import nn
 from visionattn import export
 from visionattn.data.classification import evaluation_transform
 from visionattn.export import photos
-from visionattn.export.check import blocks
+from visionattn.export.check import apart, blocks, judge
 from visionattn.export.facts import describe, weights_sha256
 from visionattn.export.facts import facts as export_facts
 from visionattn.tasks import DetectionTask, SegmentationTask
@@ -222,6 +222,13 @@ def test_a_detector_that_differs_is_refused(error, tmp_path):
     with pytest.raises(RuntimeError, match=r"(differs from PyTorch by|gives other objects).*it was removed"):
         export.export_onnx(model, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_as_many_objects_of_another_label_are_other_objects():
+    boxes, scores = torch.tensor([[0., 0., 8., 8.]]), torch.tensor([0.5])
+    difference = apart((boxes, torch.tensor([1]), scores), (boxes, torch.tensor([2]), scores), side=16)
+    with pytest.raises(RuntimeError, match="gives other objects than PyTorch"):
+        judge(difference.item())
 
 
 def test_models_of_one_size(tmp_path):

@@ -67,6 +67,14 @@ def test_kinds(blocks, expected):
     assert kinds(Net(*blocks)) == expected
 
 
+def test_blocks_that_differ_in_their_masks_are_of_two_kinds():
+    """Windows of the last stage span its map; one block shifts them all the same, the other does not."""
+    model = timm.create_model("test_agent_swin", window_size=7, always_shift=True).eval()
+    found = find_repeats(model, torch.randn(1, 3, 128, 128))
+    paths = [[member.path for member in members] for members in found.kinds]
+    assert ["stages.3.blocks.0.mlp", "stages.3.blocks.1.mlp"] in paths
+
+
 def test_blocks_within_blocks_are_part_of_them():
     blocks = [nn.Sequential(Block(power), Block(power)) for power in (1, 2, 1, 2)]
     assert kinds(Net(*blocks)) == [["blocks.0", "blocks.2"], ["blocks.1", "blocks.3"]]

@@ -105,7 +105,7 @@ def latencies(check: Check, run: Run, times: int = 5) -> tuple[float, float]:
 def relative(actual: Answers, expected: Answers) -> Tensor:
     """Largest difference of each image's logits, or maps, in units of the batch's largest value of the kind."""
     differences = [(a - b).abs().flatten(1).amax(dim=1) / b.abs().max() for a, b in zip(actual, expected, strict=True)]
-    return torch.stack(differences).amax(dim=0).nan_to_num(torch.inf)
+    return torch.stack(differences).amax(dim=0).nan_to_num(torch.inf, torch.inf)
 
 
 def apart(actual: Answers, expected: Answers, side: int) -> Tensor:
@@ -122,7 +122,7 @@ def apart(actual: Answers, expected: Answers, side: int) -> Tensor:
     nearest, partner = pairs.min(dim=1)
     differences = [nearest, pairs.amin(dim=0)]
     differences += [(a - b[partner]).abs().flatten() / 10 for a, b in zip(masks, known_masks, strict=True)]
-    return torch.cat(differences).amax(dim=0, keepdim=True).nan_to_num(torch.inf)
+    return torch.cat(differences).amax(dim=0, keepdim=True).nan_to_num(torch.inf, torch.inf)
 
 
 def blocks(*shape: int, generator: torch.Generator) -> Tensor:

@@ -125,7 +125,7 @@ class _Placeholder(nn.Module):
 def find_repeats(model: nn.Module, images: Tensor) -> Repeats | None:
     """The network with its blocks by kind, where one repeats another; None if none does.
 
-    Two are of a kind if they are built alike and give the same with the same random weights.
+    Two are of a kind if they are built alike and give the same numbers with the same random weights.
 
     Args:
         model: In eval mode.
@@ -194,11 +194,22 @@ def _form(member: _Seen) -> Hashable:
 def _answer(member: _Seen, first: _Seen) -> Tensor:
     """What a block gives with random weights in place of those of the first of its kind."""
     generator = torch.Generator().manual_seed(0)
-    state = {name: torch.rand(x.shape, generator=generator).to(x) if x.is_floating_point() else x
-             for name, x in _state(first.block).items()}
+    state = {name: _random(x, generator) if x.is_floating_point() else x for name, x in _state(first.block).items()}
     x = torch.randn(first.example[:1].shape, generator=generator).to(first.example)
     with torch.no_grad():
-        return functional_call(member.block, state, (x, *member.numbers)).nan_to_num()
+        return functional_call(member.block, state, (x, *member.numbers))
+
+
+def _random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A weight of the shape of ``x`` of a size that keeps values near 1.
+
+    Larger ones make a softmax pick one token whatever masks and biases say, and blocks that differ in these give the
+    same.
+    """
+    weight = torch.rand(x.shape, generator=generator)
+    if x.ndim > 1:
+        weight = (weight - 0.5) * (12 / x[0].numel()) ** 0.5
+    return weight.to(x)
 
 
 def _state(block: nn.Module) -> dict[str, Tensor]:
