@@ -392,3 +392,34 @@ measure(2, {str(tmp_path / "2")!r})
     assert one == two
     assert one[0]["num_images"] == 5
     assert one[1]
+
+
+class Maps(nn.Module):
+    """What transformers on maps do between two stages: a norm of channels, then a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.LayerNorm(16)
+        self.downsample = nn.Conv2d(16, 8, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x).permute(0, 2, 3, 1))
+        return self.downsample(x.permute(0, 3, 1, 2))
+
+
+@pytest.mark.slow
+def test_what_is_compiled_takes_images_of_a_second_size(trainer):
+    torch.compiler.reset()
+    model, maps = task(compile=True), Maps()
+    model.model.backbone, model._trainer = maps, trainer()
+    model.setup("fit")
+    for side in (64, 32):
+        found = []
+        for call in (maps, maps.forward):  # compiled, and as it is
+            torch.manual_seed(0)
+            maps.zero_grad()
+            answer = call(torch.randn(2, 3, side, side))
+            answer.square().sum().backward()
+            found.append([answer, maps.stem.weight.grad.clone()])
+        for compiled, eager in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)

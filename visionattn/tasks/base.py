@@ -39,6 +39,7 @@ class Task(pl.LightningModule):
     args: Any  # what the constructor was given, by name
     results: Any  # of a prediction, while it goes on
     freezing: Freezing | None = None  # what does not train, or not yet
+    sizes_vary = False  # whether a training has images of more than one size
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average of the weights, while fitting."""
@@ -63,8 +64,10 @@ class Task(pl.LightningModule):
         if self.args.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.args.compile:
+            # PyTorch's inductor, on a CPU, cannot order a convolution's map whose size varies.
+            fails = self.sizes_vary and self.trainer.strategy.root_device.type == "cpu"
             for part in self.compiled():
-                part.compile()
+                part.compile(options={"layout_optimization": False} if fails else None)
 
     def compiled(self) -> list[nn.Module]:
         """What a training step calls of the model and can be compiled."""

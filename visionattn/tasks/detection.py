@@ -91,6 +91,7 @@ class DetectionTask(Task):
     monitor = "val/box_map"  # what the best checkpoint is best in
     monitor_mode = "max"
     category_ids: Sequence[int] | None = None  # numbers of the classes in files, where no data say them
+    sizes_vary = True
 
     def __init__(
             self,
