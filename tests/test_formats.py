@@ -200,6 +200,22 @@ def test_what_depends_on_no_input_becomes_constants():
     assert torch.equal(folded(images), model(images))  # weights are no constants
 
 
+class Squared(nn.Module):
+    """Squares and Euclidean norms, and powers that are neither."""
+
+    def forward(self, x):
+        units = nn.functional.normalize(x, dim=-1) + torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        return units + x.square() + x ** 2 + x.abs() ** 1.5 + torch.linalg.vector_norm(x, 1, -1, keepdim=True)
+
+
+def test_squares_become_products():
+    model, images = Squared(), torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    folded = with_constants(torch.export.export(model, (images,)))
+    powers = [node.args[1] for node in folded.graph.nodes if getattr(node.target, "_opname", "") == "pow"]
+    assert powers == [1.5]
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-12, atol=0)
+
+
 def test_opset_17(model, tmp_path):
     """Reductions and splits are written as that opset writes them."""
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     """Runs all and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/techniques.csv"))
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batches", type=float, default=1.0, help="share of the batches of an epoch, to try the tool")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args(arguments)

@@ -1,6 +1,7 @@
-"""What a program computes from nothing, such as positions and their weights in a resized table, becomes constants.
+"""Programs in the form that converters for phones take: constants for what depends on no input, products for squares.
 
-Converters for phones have no kernels for some of these operators, and an image of one size needs them once.
+These have no kernels for some operators that compute positions or their weights in a resized table from nothing, and an
+image of one size needs them once.
 """
 from typing import Any
 
@@ -13,8 +14,11 @@ _OF_SHAPE = {"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "fu
 
 
 def with_constants(program: torch.export.ExportedProgram) -> nn.Module:
-    """The module of a program of fixed shapes, in which what depends on no input and no weight is a buffer."""
-    module = program.run_decompositions({}).module(check_guards=False)  # without writing in place
+    """The module of a program of fixed shapes, in which what depends on no input and no weight is a buffer.
+
+    Squares, also those of Euclidean norms, are products: LiteRT has no power of tensors of this many axes.
+    """
+    module = program.run_decompositions(_SQUARES).module(check_guards=False)  # without writing in place
     assert isinstance(module, fx.GraphModule)
     known: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
@@ -35,6 +39,20 @@ def with_constants(program: torch.export.ExportedProgram) -> nn.Module:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    return x * x if exponent == 2 else NotImplemented
+
+
+def _norm(x: Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    return (x * x).sum(dim, keepdim).sqrt() if order == 2 and dim and dtype is None else NotImplemented
+
+
+_SQUARES: dict[Any, Any] = {
+    torch.ops.aten.pow.Tensor_Scalar: _power,
+    torch.ops.aten.linalg_vector_norm.default: _norm,
+}
 
 
 def _is_pure(target: Any) -> bool:
