@@ -372,10 +372,14 @@ def test_steps_of_training_are_timed_by_their_parts(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(training, "BESIDE", "test_vit")
     out = tmp_path / "train.csv"
     assert main(["bench", "train", "--models", "test_dinat", "test_vit", "--image-size", "64", "--batch", "2",
-                 "--repeat", "1", "--threads", "1", "--out", str(out)]) == 0
+                 "--checkpointed", "--repeat", "1", "--threads", "1", "--out", str(out)]) == 0
     with out.open(newline="") as file:
-        ours, peer = csv.DictReader(file)
-    assert (ours["model"], ours["form"], ours["note"]) == ("test_dinat", "eager", "")
+        rows = list(csv.DictReader(file))
+    forms = [(name, form, "") for name in ("test_dinat", "test_vit") for form in ("eager", "attention", "blocks")]
+    assert [(row["model"], row["form"], row["note"]) for row in rows] == forms
+    eager, attention, blocks = (float(row["peak_mib"]) for row in rows[:3])
+    assert eager > attention > blocks
+    ours, peer = rows[0], rows[3]
     assert int(ours["parameters"]) == sum(x.numel() for x in timm.create_model("test_dinat").parameters())
     for row in (ours, peer):
         parts = [float(row[f"{part}_ms"]) for part in ("forward", "backward", "optimizer")]

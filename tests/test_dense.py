@@ -81,7 +81,8 @@ def test_every_registered_model(name, task):
 @pytest.mark.parametrize("name", [*SMALL, *TIMM])
 def test_trains_at_any_size(name):
     """Every parameter that is left takes part, so that distributed training needs no search for unused ones."""
-    backbone = small(name, grad_checkpointing=True)
+    backbone = small(name)
+    backbone.model.set_grad_checkpointing()
     maps = backbone(images(2, 3, 75, 109))
     for x, channels, reduction in zip(maps, backbone.channels, backbone.reductions, strict=True):
         assert x.shape[:2] == (2, channels)

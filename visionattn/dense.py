@@ -45,7 +45,6 @@ class DenseBackbone(nn.Module):
         frozen_stages: Number of stages, from the first, that are not trained, the stem with them. They are in eval
             mode for good.
         frozen_norms: Batch norms keep their running statistics in training; their scales are trained.
-        grad_checkpointing: Compute activations a second time in the backward pass instead of keeping them.
         model_args: Arguments of the model; they go before the task's settings.
 
     Raises:
@@ -62,7 +61,6 @@ class DenseBackbone(nn.Module):
             out_indices: list[int] | None = None,
             frozen_stages: int = 0,
             frozen_norms: bool = False,
-            grad_checkpointing: bool = False,
             model_args: dict[str, Any] | None = None,
     ):
         super().__init__()
@@ -87,11 +85,6 @@ class DenseBackbone(nn.Module):
         self._select([info["index"] for info in stages] if out_indices is None else sorted(out_indices))
         if state_dict is not None:
             self._load(state_dict, known, str(checkpoint_path))
-        if grad_checkpointing:
-            try:
-                self.model.set_grad_checkpointing(True)
-            except (AttributeError, AssertionError):
-                raise ValueError(f"{name} does not support grad_checkpointing") from None
         for layer in self.first_stages(frozen_stages):
             for parameter in layer:
                 parameter.requires_grad_(False)

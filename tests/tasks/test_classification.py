@@ -52,6 +52,33 @@ def test_learns_with_any_timm_backbone(backbone, trainer):
     assert cross_entropy(task(images), labels).item() < 0.8 * before
 
 
+def test_grad_checkpointing(trainer):
+    """Trains to the same weights, and leaves a model that computes nothing twice."""
+    trained = []
+    for form in (False, True, "attention"):
+        task = _task(grad_checkpointing=form)
+        block = task.model.stages[0].blocks[0]
+        seen = []
+        watch = pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_, block=block, seen=seen: seen.append(
+            (block.grad_checkpointing, "forward" in vars(block.attn))))
+        trainer(max_steps=2, limit_val_batches=0, callbacks=[watch]).fit(task, _digits())
+        assert seen == [(form is True, form == "attention")] * 2
+        assert not block.grad_checkpointing
+        assert "forward" not in vars(block.attn)
+        trained.append(task.model.state_dict())
+    for name, value in trained[0].items():
+        for other in trained[1:]:
+            assert torch.equal(other[name], value), name
+
+
+@pytest.mark.parametrize(("form", "said"), [
+    ("attention", "ResNet has no attention to compute a second time"),
+    ("blocks", "grad_checkpointing must be true, false or attention, got 'blocks'")])
+def test_grad_checkpointing_that_cannot_be(form, said, trainer):
+    with pytest.raises(ValueError, match=said):
+        trainer().fit(_task(backbone="resnet10t", grad_checkpointing=form), _digits())
+
+
 def test_test_metrics(tmp_path, trainer):
     task, data = _task(), _digits()
     trainer().test(task, data, verbose=False)

@@ -170,7 +170,8 @@ def test_predictions(tmp_path, trainer):
 def test_training_with_everything_on(trainer):
     task = _task(
         head="semantic_fpn", losses={"cross_entropy": 1.0, "dice": 0.5}, ema_decay=0.9, layer_decay=0.8,
-        drop_path_rate=0.2, warmup_steps=1, frozen_stages=1, frozen_norms=True, grad_checkpointing=True)
+        drop_path_rate=0.2, warmup_steps=1, frozen_stages=1, frozen_norms=True,
+        grad_checkpointing="attention")
     frozen = task.model.backbone.frozen[0]
     before = [parameter.clone() for parameter in frozen.parameters()]
     fit = trainer(max_epochs=2, precision="bf16-mixed", gradient_clip_val=1.0, accumulate_grad_batches=2)

@@ -83,6 +83,8 @@ def main(argv: list[str]) -> int:
     training.add_argument("--batch", type=int, default=8, help="images of a step")
     training.add_argument("--image-size", type=int, default=224, help="their height and width")
     training.add_argument("--compiled", action="store_true", help="also compiled, which takes a minute a model")
+    training.add_argument("--checkpointed", action="store_true",
+                          help="also with inner values of attention, or of blocks, computed twice: for less memory")
     training.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     training.add_argument("--threads", type=int, default=torch.get_num_threads())
     training.add_argument("--repeat", type=int, default=5, help="turns of every model")
@@ -203,7 +205,8 @@ def _print_training(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     with out.open("w", newline="") as file:
         writer = None
         for row in itertools.chain.from_iterable(
-                benchmark_training(name, args.batch, args.image_size, args.repeat, args.compiled, args.device, data)
+                benchmark_training(name, args.batch, args.image_size, args.repeat, args.compiled, args.device, data,
+                                   args.checkpointed)
                 for name in names):
             row |= description
             if writer is None:

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.image_folder import ImageFolderData
 from ..export.check import photographs
+from ..layers import checkpoint_attention
 from ..models import families
 from .machine import figure, synchronize
 from .timing import peak_memory
@@ -30,7 +31,7 @@ BESIDE = "swin_tiny_patch4_window7_224"  # timm's, what the others are timed bes
 TRAINING_PEERS = (BESIDE, "deit_tiny_patch16_224", "efficientvit_m5", "convnext_tiny")
 CLASSES = 1000
 _PARTS = ("forward", "backward", "optimizer")
-_TOLERANCE = 1e-3  # of a compiled model's gradient, as a share of its length
+_TOLERANCE = 1e-3  # of another form's gradient than the eager model's, as a share of its length
 _PHOTO = (375, 500)  # rows and columns of the photographs that are loaded
 
 
@@ -51,6 +52,7 @@ def benchmark_training(
         compiled: bool = False,
         device: str = "cpu",
         data: float | None = None,
+        checkpointed: bool = False,
 ) -> list[dict[str, Any]]:
     """Checks, then times training steps of a model with random weights on random images, by AdamW in float32.
 
@@ -62,27 +64,29 @@ def benchmark_training(
         compiled: Also the model as ``torch.compile`` makes it.
         device: ``cpu`` or ``cuda``.
         data: Seconds that one loader process takes for a batch (:func:`data_seconds`); None leaves its column empty.
+        checkpointed: Also the model that computes inner values of its ``attention``, or of its whole ``blocks``, a
+            second time (:func:`visionattn.layers.checkpoint_attention`, timm's ``set_grad_checkpointing``).
 
     Returns:
-        A row, with ``compiled`` two: medians of milliseconds of the parts and of the whole step, this as a multiple of
+        A row of each form: medians of milliseconds of the parts and of the whole step, this as a multiple of
         swin_tiny's in the same turns, images a second, MiB of tensors that are allocated at the same time during a step
         beyond the weights and the optimiser's state, and ``data_ms``. A form that fails or is wrong has a note in place
         of figures.
     """
-    forms = ["eager", "compiled"][:1 + compiled]
+    forms = ["eager", *["attention", "blocks"] * checkpointed, *["compiled"] * compiled]
     steps: dict[str, _Step] = {}
     notes = {}
     beside = _Step(BESIDE, batch, image_size, device)
     for form in forms:
         try:
-            steps[form] = _Step(name, batch, image_size, device, form == "compiled")
+            steps[form] = _Step(name, batch, image_size, device, form)
         except Exception as error:  # whatever a compiler or a model of another size leads to
             notes[form] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    if "compiled" in steps and "eager" in steps:
-        difference = steps["compiled"].differs(steps["eager"])
+    for form in [form for form in steps if form != "eager" and "eager" in steps]:
+        difference = steps[form].differs(steps["eager"])
         if not difference <= _TOLERANCE:
-            del steps["compiled"]
-            notes["compiled"] = f"wrong result: its gradient differs by {difference:.1e}"
+            del steps[form]
+            notes[form] = f"wrong result: its gradient differs by {difference:.1e}"
     seconds = _take_turns({"": beside, **steps}, repeat) if steps else {}
     median = {key: statistics.median(turns) for key, turns in seconds.items()}
     rows = []
@@ -135,12 +139,16 @@ class _Step:
         RuntimeError: Logits, loss or a gradient are not finite, or a parameter has no gradient.
     """
 
-    def __init__(self, name: str, batch: int, image_size: int, device: str, compiled: bool = False):
+    def __init__(self, name: str, batch: int, image_size: int, device: str, form: str = "eager"):
         torch.manual_seed(0)
         self.device = device
-        self.model = _create(name, image_size).to(device).train()
+        self.model: Any = _create(name, image_size).to(device).train()
         self.count = sum(parameter.numel() for parameter in self.model.parameters())
-        if compiled:
+        if form == "attention":
+            checkpoint_attention(self.model)
+        elif form == "blocks":
+            self.model.set_grad_checkpointing()
+        elif form == "compiled":
             # Models share code (the call of a module, a block of another size), for which the compiler would go on from
             # the one before, with sizes that vary, and after a few of them not compile at all.
             torch.compiler.reset()

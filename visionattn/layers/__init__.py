@@ -5,6 +5,7 @@ from .attention_maps import attention_maps
 from .auxiliary import AuxiliaryLosses, auxiliary_losses
 from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
+from .checkpointing import checkpoint_attention
 from .forward_cross import ForwardCrossAttention
 from .kmeans_routing import KMeansRoutingAttention
 from .mixture_of_heads import HeadGates
@@ -26,5 +27,6 @@ __all__ = [
     "VariedSizeWindowAttention",
     "attention_maps",
     "auxiliary_losses",
+    "checkpoint_attention",
     "vary_windows",
 ]

@@ -4,9 +4,9 @@ from functools import partial
 
 import torch
 from timm.layers import DropPath, LayerScale, Mlp
-from timm.models import checkpoint
 from torch import Tensor, nn
 
+from ..layers.checkpointing import checkpointed
 from ..layers.full import unseen
 
 __all__ = ["BaseBlock", "Block", "ConvEmbedding", "Perceptron", "Stage", "TokenBlock"]
@@ -39,7 +39,7 @@ class BaseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.branches, x)
+            return checkpointed(self, self.branches, x)
         return self.branches(x)
 
     def branches(self, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class TokenBlock(Block):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # type: ignore[override]
         """Returns tokens of the same shape."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.token_branches, x, height, width)
+            return checkpointed(self, self.token_branches, x, height, width)
         return self.token_branches(x, height, width)
 
     def token_branches(self, x: Tensor, height: int, width: int) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..layers.checkpointing import checkpointed
 from ..layers.conv_norm import ConvNorm
 from ..layers.full import attend
 from ._backbone import TokenBackbone
@@ -206,7 +207,7 @@ class DHVTBlock(BaseBlock):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # type: ignore[override]
         """Returns tokens of the same shape."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.token_branches, x, height, width)
+            return checkpointed(self, self.token_branches, x, height, width)
         return self.token_branches(x, height, width)
 
     def token_branches(self, x: Tensor, height: int, width: int) -> Tensor:

@@ -19,11 +19,12 @@ from timm.layers import (
     register_notrace_module,
     to_2tuple,
 )
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import ForwardCrossAttention
 from ..layers.agent import resize
+from ..layers.checkpointing import checkpointed
 from ..layers.conv_norm import ConvNorm
 from ..layers.forward_cross import resize_offsets
 from ..layers.scripting import unscripted
@@ -114,7 +115,7 @@ class FcaBlock(nn.Module):
     ) -> Tuple[Tensor, Optional[Tensor]]:  # noqa: UP006, UP045
         """Returns a map like ``x [batch, height, width, dim]``, and ``crossed`` with this block's tokens added."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.branches, x, crossed)
+            return checkpointed(self, self.branches, x, crossed)
         return self.branches(x, crossed)
 
     def branches(

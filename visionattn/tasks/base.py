@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..data.loading import seed_random
+from ..layers import checkpoint_attention
 from ..runtime.engine import Meaning
 from ..runtime.say import say
 from ..runtime.writers import open_results
@@ -56,11 +57,12 @@ class Task(pl.LightningModule):
             raise ValueError("the strategy fsdp knows neither our averages nor our checkpoints: take fsdp2")
 
     def setup(self, stage: str) -> None:
-        """Before a fit: brings the weights into the order of channels that is asked for, and compiles what trains."""
+        """Before a fit: makes the model train as it is asked for: its memory, order of channels, compiled."""
         if stage != "fit":
             return
         if self.args.clip_agc is not None and self.trainer.gradient_clip_val is not None:
             raise ValueError("model.init_args.clip_agc and trainer.gradient_clip_val were both given; choose one")
+        self._set_checkpointing(True)
         if self.args.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.args.compile:
@@ -69,9 +71,31 @@ class Task(pl.LightningModule):
             for part in self.compiled():
                 part.compile(options={"layout_optimization": False} if fails else None)
 
+    def teardown(self, stage: str) -> None:
+        """After a fit: a model that computes nothing twice, as it is exported or scripted."""
+        if stage == "fit":
+            self._set_checkpointing(False)
+
     def compiled(self) -> list[nn.Module]:
         """What a training step calls of the model and can be compiled."""
         return [self.model]
+
+    @property
+    def timm_model(self) -> Any:
+        """The backbone in the model."""
+        return self.model
+
+    def _set_checkpointing(self, enable: bool) -> None:
+        """Begins or ends to compute what ``grad_checkpointing`` says a second time."""
+        if self.args.grad_checkpointing == "attention":
+            checkpoint_attention(self.timm_model, enable)
+        elif self.args.grad_checkpointing:
+            try:
+                self.timm_model.set_grad_checkpointing(enable)
+            except (AttributeError, AssertionError):
+                raise ValueError(
+                    f"{self.args.backbone} does not support grad_checkpointing true: take attention or leave it out"
+                ) from None
 
     def configure_gradient_clipping(
             self, optimizer: Optimizer, gradient_clip_val: float | None = None,
@@ -268,6 +292,8 @@ def check_arguments(args: Any, least: int = 0) -> None:
     if args.ema_decay is not None and not 0 < args.ema_decay < 1:
         raise ValueError(f"ema_decay must lie between 0 and 1, got {args.ema_decay}")
     check_optimizer(args.optimizer, args.betas)
+    if args.grad_checkpointing not in (False, True, "attention"):
+        raise ValueError(f"grad_checkpointing must be true, false or attention, got {args.grad_checkpointing!r}")
     for name in ("lr_batch", "clip_agc"):
         if args[name] is not None and args[name] <= 0:
             raise ValueError(f"{name} must be positive, got {args[name]}")

@@ -88,6 +88,8 @@ class ClassificationTask(Task):
         clip_agc: Clip each gradient by this share of the norm of its weights (adaptive gradient clipping, arXiv
             2102.06171), but the classifier's; None leaves clipping to the trainer.
         channels_last: Keep weights and maps with their channels last in memory, which GPUs' convolutions like.
+        grad_checkpointing: Compute inner values of the backbone a second time in the backward pass instead of keeping
+            them, for less memory and more time: ``attention``, those of attention alone; true, all of each block's.
         compile: Train through ``torch.compile``.
         multi_label: Images have any number of classes; the command line takes it from the data.
         class_weights: What each class weighs in the training loss, or ``balanced``: the inverse of its share of the
@@ -138,6 +140,7 @@ class ClassificationTask(Task):
             ema_decay: float | None = None,
             clip_agc: float | None = None,
             channels_last: bool = False,
+            grad_checkpointing: bool | Literal["attention"] = False,
             compile: bool = False,
             multi_label: bool = False,
             class_weights: list[float] | Literal["balanced"] | None = None,

@@ -57,7 +57,8 @@ class DetectionTask(Task):
         frozen_stages: Stages, from the stem on, that are not trained.
         unfreeze_epochs: Number of epochs in which the frozen stages are freed, the last of them first; None for never.
         frozen_norms: Keep the statistics of the backbone's batch norms.
-        grad_checkpointing: Trade time for memory in the backbone.
+        grad_checkpointing: Compute inner values of the backbone a second time in the backward pass instead of keeping
+            them, for less memory and more time: ``attention``, those of attention alone; true, all of each block's.
         drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
         strides: Of the pyramid's levels; None for 8 to 128 (FCOS, RetinaNet) or 4 to 64 (R-CNN). Stages of the
             backbone that are coarser than the last are left out.
@@ -106,7 +107,7 @@ class DetectionTask(Task):
             frozen_stages: int = 0,
             unfreeze_epochs: int | None = None,
             frozen_norms: bool = False,
-            grad_checkpointing: bool = False,
+            grad_checkpointing: bool | Literal["attention"] = False,
             drop_path_rate: float | None = None,
             strides: list[int] | None = None,
             fpn_channels: int = 256,
@@ -146,7 +147,7 @@ class DetectionTask(Task):
         body = DenseBackbone(
             backbone, task="detection", pretrained=pretrained, checkpoint_path=checkpoint_path,
             frozen_stages=0 if unfreeze_epochs else frozen_stages, frozen_norms=frozen_norms,
-            grad_checkpointing=grad_checkpointing, model_args=args)
+            model_args=args)
         if unfreeze_epochs:
             self.freezing = Freezing(body, body.first_stages(frozen_stages), unfreeze_epochs)
         self.model = build_detector(
@@ -175,6 +176,11 @@ class DetectionTask(Task):
             milestones = [round(milestone * self.epoch_steps()) for milestone in args.milestones]
             schedule = steps_with_warmup(optimizer, milestones, warmup, start_ratio=self.start_ratio())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def timm_model(self) -> nn.Module:
+        """The backbone in the model."""
+        return self.model.backbone.body.model
 
     def compiled(self) -> list[nn.Module]:
         """The backbone and its pyramid: the rest depends on what is found."""

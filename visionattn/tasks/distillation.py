@@ -151,6 +151,8 @@ class FeaturePretrainingTask(Task):
         ema_decay: Decay per step of the moving average of the weights.
         clip_agc: Adaptive gradient clipping.
         channels_last: Order of maps in memory.
+        grad_checkpointing: Compute inner values of the backbone a second time in the backward pass instead of keeping
+            them, for less memory and more time: ``attention``, those of attention alone; true, all of each block's.
         compile: Train through ``torch.compile``.
     """
 
@@ -183,6 +185,7 @@ class FeaturePretrainingTask(Task):
             ema_decay: float | None = None,
             clip_agc: float | None = None,
             channels_last: bool = False,
+            grad_checkpointing: bool | Literal["attention"] = False,
             compile: bool = False,
     ):
         super().__init__()

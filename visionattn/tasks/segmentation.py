@@ -60,7 +60,8 @@ class SegmentationTask(Task):
         frozen_stages: Stages, from the stem on, that are not trained.
         unfreeze_epochs: Number of epochs in which the frozen stages are freed, the last of them first; None for never.
         frozen_norms: Keep the statistics of the backbone's batch norms.
-        grad_checkpointing: Trade time for memory in the backbone.
+        grad_checkpointing: Compute inner values of the backbone a second time in the backward pass instead of keeping
+            them, for less memory and more time: ``attention``, those of attention alone; true, all of each block's.
         drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
         head: ``upernet``, ``semantic_fpn`` or ``segformer``.
         head_channels: Width of the head; None for the papers' (512, 128 and 256).
@@ -109,7 +110,7 @@ class SegmentationTask(Task):
             frozen_stages: int = 0,
             unfreeze_epochs: int | None = None,
             frozen_norms: bool = False,
-            grad_checkpointing: bool = False,
+            grad_checkpointing: bool | Literal["attention"] = False,
             drop_path_rate: float | None = None,
             head: Literal["upernet", "semantic_fpn", "segformer"] = "upernet",
             head_channels: int | None = None,
@@ -161,7 +162,7 @@ class SegmentationTask(Task):
         maps = DenseBackbone(
             backbone, task="segmentation", pretrained=pretrained, checkpoint_path=checkpoint_path,
             out_indices=out_indices, frozen_stages=0 if unfreeze_epochs else frozen_stages, frozen_norms=frozen_norms,
-            grad_checkpointing=grad_checkpointing, model_args=args)
+            model_args=args)
         if unfreeze_epochs:
             self.freezing = Freezing(maps, maps.first_stages(frozen_stages), unfreeze_epochs)
         auxiliary = auxiliary_weight > 0
@@ -207,6 +208,11 @@ class SegmentationTask(Task):
         else:
             schedule = poly_with_warmup(optimizer, steps, warmup, floor, args.poly_power, start)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def timm_model(self) -> nn.Module:
+        """The backbone in the model."""
+        return self.model.backbone.model
 
     def compiled(self) -> list[nn.Module]:
         """The backbone and the heads, which a training step calls one by one."""
