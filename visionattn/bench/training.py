@@ -142,7 +142,7 @@ class _Step:
     def __init__(self, name: str, batch: int, image_size: int, device: str, form: str = "eager"):
         torch.manual_seed(0)
         self.device = device
-        self.model: Any = _create(name, image_size).to(device).train()
+        self.model = _create(name, image_size).to(device).train()
         self.count = sum(parameter.numel() for parameter in self.model.parameters())
         if form == "attention":
             checkpoint_attention(self.model)
@@ -194,7 +194,7 @@ class _Step:
         return time.perf_counter()
 
 
-def _create(name: str, image_size: int) -> nn.Module:
+def _create(name: str, image_size: int) -> Any:
     """The model for images of this size: some have tables for one."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and cfg.input_size[1] != image_size:
