@@ -27,14 +27,17 @@ SETTINGS = {  # two batches a step, with a step of one at the end of an epoch
 
 
 class Terminates(pl.Callback):
-    """Sends SIGTERM to the process at a batch of the epoch: before it trains, while it validates, or while it loads."""
+    """Signals the process at a batch of the epoch: before it trains, while it validates, loads, or in a test."""
 
-    def __init__(self, epoch: int, batch: int, where: str):
-        self.epoch, self.batch, self.where = epoch, batch, where
+    def __init__(self, epoch: int, batch: int, where: str, name: str = "SIGTERM"):
+        self.epoch, self.batch, self.where, self.signal = epoch, batch, where, signal.Signals[name]
 
     def _at(self, trainer, batch_idx, where):
         if (trainer.current_epoch, batch_idx, where) == (self.epoch, self.batch, self.where):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.signal)
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._at(trainer, batch_idx, "test")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._at(trainer, batch_idx, "train")
@@ -51,6 +54,21 @@ class Terminates(pl.Callback):
             return load(dataset, indices)
 
         dataset.__class__ = type("Terminating", (type(dataset),), {"__getitems__": terminates})
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A job of SLURM's, as its processes see it; the file that a ``scontrol`` in its path writes what it is told to."""
+    told, folder = tmp_path / "told", tmp_path / "bin"
+    folder.mkdir()
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {told}\nexit ${{REFUSED:-0}}\n')
+    (folder / "scontrol").chmod(0o755)
+    for name, value in {
+            "NTASKS": 1, "NTASKS_PER_NODE": 1, "JOB_ID": 123, "JOB_NAME": "run", "PROCID": 0, "LOCALID": 0, "NODEID": 0,
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return told
 
 
 @pytest.fixture
@@ -127,6 +145,42 @@ def test_terminated_run_goes_on_where_it_was(epoch, batch, where, end, fit, live
     assert fit("stopped", *last, "--resume", "auto") == 0
     _assert_equal(_last(tmp_path / "stopped"), _last(lived))
     assert _rows(tmp_path / "stopped") == _rows(lived)
+
+
+def _signalled(**options):
+    return ["--trainer.callbacks+=tests.tasks.test_midepoch.Terminates",
+            *(f"--trainer.callbacks.{name}={value}" for name, value in options.items())]
+
+
+@pytest.mark.parametrize(("batch", "where"), [(1, "load"), pytest.param(2, "train", marks=pytest.mark.slow)])
+def test_job_of_slurm_is_saved_queued_again_and_goes_on_where_it_was(batch, where, fit, lived, slurm, tmp_path, caplog):
+    assert fit("job", *_signalled(epoch=1, batch=batch, where=where, name="SIGUSR1")) == 143
+    assert slurm.read_text() == "requeue 123\n"
+    assert "SLURM job 123 is queued again." in caplog.text
+    assert not list((tmp_path / "job").glob("hpc*"))
+    assert fit("job", "--resume", "auto") == 0
+    _assert_equal(_last(tmp_path / "job"), _last(lived))
+    assert _rows(tmp_path / "job") == _rows(lived)
+    assert slurm.read_text() == "requeue 123\n"
+
+
+@pytest.mark.slow
+def test_job_of_slurm_that_is_not_queued_again(fit, slurm, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("REFUSED", "1")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    assert fit("job", *_signalled(epoch=0, batch=1, where="train", name="SIGUSR1")) == 143
+    assert slurm.read_text() == "requeue 100_7\n"
+    assert "SLURM job 100_7 could not be queued again (scontrol requeue 100_7: exit code 1)" in caplog.text
+    assert _last(tmp_path / "job")["global_step"] == 1
+
+
+@pytest.mark.slow
+def test_job_of_slurm_is_queued_again_in_the_test_at_the_end(fit, slurm, tmp_path):
+    last = ["--trainer.max_epochs", "1", "--trainer.limit_test_batches", "2"]
+    assert fit("job", *last, *_signalled(epoch=1, batch=1, where="test", name="SIGUSR1")) == 0
+    assert slurm.read_text() == "requeue 123\n"
+    assert not list((tmp_path / "job").glob("hpc*"))
 
 
 @pytest.mark.slow

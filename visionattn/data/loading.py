@@ -201,8 +201,10 @@ class _EpochLoader(DataLoader):
 
 
 def _outlive(worker: int) -> None:
-    """Lets a loader process live on after SIGTERM, which a scheduler may send it too: its batches are still asked for.
+    """Lets a loader process live on after what a scheduler may send to it too: its batches are still asked for.
 
     Killed at once, it would take the training with it before that has saved its weights.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKERS_OUTLIVE))
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

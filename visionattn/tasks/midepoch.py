@@ -1,5 +1,7 @@
 """Checkpoints within epochs: every so often and when a run is told to stop, with all that an exact resume needs."""
+import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -11,10 +13,13 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from ..runtime.say import say
 
 __all__ = ["FitLoop", "MidEpochCheckpoint", "resumes_within_epoch"]
 
@@ -47,6 +52,9 @@ class MidEpochCheckpoint(Checkpoint):
     replaced. Beside what Lightning saves, the checkpoint has the gradients of a step that is not complete and the means
     of the epoch so far.
 
+    Under SLURM, SIGUSR1 (``#SBATCH --signal=USR1@120``) stops the run likewise, and its job is queued again (``scontrol
+    requeue``): with ``--resume auto`` it goes on where it was. Lightning would save from within the signal.
+
     Args:
         minutes: Time from one checkpoint to the next. They are written after an optimiser step.
     """
@@ -54,6 +62,7 @@ class MidEpochCheckpoint(Checkpoint):
     def __init__(self, minutes: float = 30.0):
         self.minutes = minutes
         self._told = False  # to stop
+        self._requeues = False  # the job, then
         self._interrupted = False  # while waiting for data
         self._validating = False  # the state to be saved is that before the validation
         self._averaged = False  # in validation: the model has the averaged weights, if there are such
@@ -81,8 +90,7 @@ class MidEpochCheckpoint(Checkpoint):
         self._take_means(trainer, pl_module)
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         assert fetcher is not None
-        told, due = self._agree(trainer, self._told, time.monotonic() - self._saved >= self.minutes * 60)
-        self._told = told
+        told, due = self._agree(trainer, time.monotonic() - self._saved >= self.minutes * 60)
         if not (told or due) or loop._is_training_done or loop._should_check_val_fx(fetcher):
             return  # else a validation or the end of the epoch comes first, where it is saved too
         if loop._should_accumulate() and not (told and _keeps_gradients(trainer)):
@@ -94,7 +102,7 @@ class MidEpochCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends a run that was told to stop, after the epoch's own checkpoints."""
         self._saved = time.monotonic()
-        if self._agree(trainer, self._told, False)[0]:
+        if self._agree(trainer)[0]:
             trainer._signal_connector.received_sigterm = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,17 +133,25 @@ class MidEpochCheckpoint(Checkpoint):
         """Knows that the weights were exchanged again."""
         self._averaged = False
 
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In the test that a fit ends with nothing is to be saved: SLURM's job may be queued again at once."""
+        process, requeue = os.getpid(), _requeue_signal(trainer)
+        if requeue is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(
+                requeue, lambda *_: _requeue() if trainer.is_global_zero and os.getpid() == process else None)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Saves what is trained if SIGTERM came while the process waited for data."""
-        if not self._interrupted or not isinstance(exception, SIGTERMException):
+        """Saves what is trained if the signal came while the process waited for data; queues a job of SLURM's again."""
+        if not isinstance(exception, SIGTERMException):
             return
+        if self._interrupted and not trainer.sanity_checking:
+            if self._averaged:
+                self._save_before_validation(trainer, pl_module)
+            elif trainer.fit_loop.epoch_loop.batch_progress.current.ready:  # else the epoch before is saved
+                self._save(trainer)
         self._interrupted = False
-        if trainer.sanity_checking:
-            return
-        if self._averaged:
-            self._save_before_validation(trainer, pl_module)
-        elif trainer.fit_loop.epoch_loop.batch_progress.current.ready:  # else the epoch before is saved
-            self._save(trainer)
+        if self._requeues and trainer.is_global_zero:
+            _requeue()
 
     def on_save_checkpoint(
             self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -162,24 +178,32 @@ class MidEpochCheckpoint(Checkpoint):
             self._means, self._gradients = checkpoint.get("epoch_means", {}), checkpoint.get("gradients", {})
 
     def _listen(self, trainer: pl.Trainer) -> None:
+        process, requeue = os.getpid(), _requeue_signal(trainer)
+
         def stop(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != process:  # one that loads images, which has just been forked
+                return
             self._told = True
+            self._requeues |= number == requeue
             if trainer.world_size == 1 and _waits_for_data(frame):
                 self._interrupted = True
                 raise SIGTERMException
 
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, stop)  # Lightning puts the one before back at the end
+            for number in (signal.SIGTERM, requeue):
+                if number is not None:
+                    signal.signal(number, stop)  # Lightning puts the one before back at the end
 
-    def _agree(self, trainer: pl.Trainer, *decisions: bool) -> list[bool]:
-        """What any process decided."""
-        if trainer.world_size == 1:
-            return list(decisions)
-        flags = torch.tensor(decisions, dtype=torch.float32, device=trainer.strategy.root_device)
-        return [bool(flag) for flag in trainer.strategy.reduce(flags, reduce_op="max").tolist()]
+    def _agree(self, trainer: pl.Trainer, due: bool = False) -> tuple[bool, bool]:
+        """Whether any process was told to stop, and is due; all know then whether the job is to be queued again."""
+        if trainer.world_size > 1:
+            flags = torch.tensor(
+                [self._told, self._requeues, due], dtype=torch.float32, device=trainer.strategy.root_device)
+            self._told, self._requeues, due = map(bool, trainer.strategy.reduce(flags, reduce_op="max").tolist())
+        return self._told, due
 
     def _stop_in_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._agree(trainer, self._told)[0]:
+        if not self._agree(trainer)[0]:
             return
         if not trainer.sanity_checking:
             self._save_before_validation(trainer, pl_module)
@@ -247,3 +271,26 @@ def _waits_for_data(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _requeue_signal(trainer: pl.Trainer) -> signal.Signals | None:
+    """What SLURM sends to a job that is to be queued again; None elsewhere."""
+    environment: Any = trainer._accelerator_connector.cluster_environment
+    requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+    return environment.requeue_signal if requeues else None
+
+
+def _requeue() -> None:
+    """Queues the SLURM job of this process again, which ends it; says in one line if that cannot be."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    except OSError as error:
+        fault = str(error)
+    else:
+        # SLURM may end the command together with the job that it is of.
+        fault = "" if done.returncode <= 0 else " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    say(f"Warning: SLURM job {job} could not be queued again (scontrol requeue {job}: {fault})." if fault else
+        f"SLURM job {job} is queued again.")

@@ -482,4 +482,5 @@ _NO_NEWS = (  # the beginnings of what Lightning logs: advertisements, what is s
     "Found current_model_state",
     "LOCAL_RANK:", "You are using a CUDA device", "Using bfloat16 Automatic", "Using 16bit Automatic",
     "Initializing distributed:", "-----", "Detected KeyboardInterrupt", "Received SIGTERM",
+    "SLURM auto-requeueing enabled",
 )
