@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.image_folder import ImageFolderData
