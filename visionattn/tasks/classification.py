@@ -140,7 +140,7 @@ class ClassificationTask(Task):
             ema_decay: float | None = None,
             clip_agc: float | None = None,
             channels_last: bool = False,
-            grad_checkpointing: bool | Literal["attention"] = False,
+            grad_checkpointing: bool | str = False,
             compile: bool = False,
             multi_label: bool = False,
             class_weights: list[float] | Literal["balanced"] | None = None,

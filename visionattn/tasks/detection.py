@@ -107,7 +107,7 @@ class DetectionTask(Task):
             frozen_stages: int = 0,
             unfreeze_epochs: int | None = None,
             frozen_norms: bool = False,
-            grad_checkpointing: bool | Literal["attention"] = False,
+            grad_checkpointing: bool | str = False,
             drop_path_rate: float | None = None,
             strides: list[int] | None = None,
             fpn_channels: int = 256,

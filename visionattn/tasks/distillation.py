@@ -185,7 +185,7 @@ class FeaturePretrainingTask(Task):
             ema_decay: float | None = None,
             clip_agc: float | None = None,
             channels_last: bool = False,
-            grad_checkpointing: bool | Literal["attention"] = False,
+            grad_checkpointing: bool | str = False,
             compile: bool = False,
     ):
         super().__init__()

@@ -110,7 +110,7 @@ class SegmentationTask(Task):
             frozen_stages: int = 0,
             unfreeze_epochs: int | None = None,
             frozen_norms: bool = False,
-            grad_checkpointing: bool | Literal["attention"] = False,
+            grad_checkpointing: bool | str = False,
             drop_path_rate: float | None = None,
             head: Literal["upernet", "semantic_fpn", "segformer"] = "upernet",
             head_channels: int | None = None,
