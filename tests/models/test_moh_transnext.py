@@ -93,6 +93,7 @@ def test_indifferent_routers_that_choose_all_change_nothing():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_auxiliary_loss_reaches_the_routers(checkpointing):
+    torch.manual_seed(0)  # of some weights a router gets next to nothing
     model = timm.create_model("test_moh_transnext").train()
     model.set_grad_checkpointing(checkpointing)
     out = model(torch.randn(2, 3, 64, 64))
