@@ -158,7 +158,9 @@ def _gather(x: Tensor, tables: list[Tensor]) -> Tensor:
         x = x.index_select(1 + axis, table.flatten())
     x = x.reshape(x.shape[0], *(size for table in tables for size in table.shape), *rest)
     order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), *range(2 * axes + 1, x.ndim)]
-    return x.permute(order).reshape(x.shape[0], -1, math.prod([table.shape[1] for table in tables]), *rest)
+    # The number of tiles is said: of free lengths, PyTorch would find it by long divisions of formulas.
+    tiles, tokens = (math.prod([table.shape[axis] for table in tables]) for axis in range(2))
+    return x.permute(order).reshape(x.shape[0], tiles, tokens, *rest)
 
 
 def _scatter(x: Tensor, cuts: list[_Cut]) -> Tensor:
