@@ -388,8 +388,22 @@ def run_and_grad(module, x):
 def test_opcheck():
     tensors, _ = make((9, 12), 3, bias=True, dtype=torch.float32)
     op = torch.ops.visionattn.neighborhood_slab.default
-    torch.library.opcheck(op, (*tensors.values(), [3, 3], [2, 1], [1, 2], 0.3))
-    torch.library.opcheck(op, (*list(tensors.values())[:3], None, [3, 3], [2, 1], [1, 2], 0.3))
+    torch.library.opcheck(op, (*tensors.values(), [3, 3], [2, 1], [1, 2], 0.3, False))
+    torch.library.opcheck(op, (*list(tensors.values())[:3], None, [3, 3], [2, 1], [1, 2], 0.3, False))
+    # What is kept for the backward is never asked for while sizes are symbols.
+    torch.library.opcheck(op, (*tensors.values(), [3, 3], [2, 1], [1, 2], 0.3, True), test_utils=(
+        "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"))
+
+
+@pytest.mark.parametrize("size", [(7, 6), (14, 11), (17, 16)], ids=["one_tile", "two_tiles", "many_tiles"])
+def test_probabilities_are_kept_or_computed_again(size, monkeypatch):
+    tensors, options = make(size, 5, bias=True)
+    assert_like_naive(tensors, options)
+    with_kept = outputs_and_gradients(tensors, options, "halo")
+    monkeypatch.setattr("visionattn.ops.neighborhood.slab._KEPT_BYTES", 0)
+    without = outputs_and_gradients(tensors, options, "halo")
+    for name, expected in with_kept.items():
+        assert torch.equal(without[name], expected), name
 
 
 @pytest.mark.parametrize(("options", "dynamic"), [

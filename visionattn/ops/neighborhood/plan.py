@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
-    "CHUNK_BYTES", "Axis", "Chunk", "Move", "Plan", "columns_of", "kind_moves", "plans", "slab_moves", "tile_moves",
+    "Axis", "Chunk", "Move", "Plan", "columns_of", "kind_moves", "plans", "slab_moves", "tile_moves",
 ]
 
-CHUNK_BYTES = 4 << 20  # scores of one chunk, unless all are not twice as many (measured)
-_DENSE_TOKENS = 14 * 14  # classes up to this size are one tile, done by PyTorch's dense attention (measured)
+_CHUNK_BYTES = 2 << 20  # scores of one chunk, unless all are not twice as many (measured)
 
 Chunk = tuple[tuple[int, int], ...]  # (first, last) on each of the axes of Plan.shape
 
@@ -53,19 +52,33 @@ class Axis(NamedTuple):
         return self.tiles * self.tile - self.length
 
     @property
+    def overlaps(self) -> bool:
+        """Whether the rows of tiles share one copy of the keys. One or two have their own: they reach inwards only."""
+        return self.tiles > 2
+
+    @property
     def guard(self) -> int:
         """Keys of an inner tile before its first query."""
-        return self.kernel // 2 - self.stride // 2 if self.tiles > 1 else 0
+        return self.kernel // 2 - self.stride // 2 if self.overlaps else 0
 
     @property
     def halo(self) -> int:
         """Keys of a tile."""
-        return self.tile + self.kernel - self.stride if self.tiles > 1 else self.length
+        if self.overlaps:
+            return self.tile + self.kernel - self.stride
+        if self.tiles == 1:
+            return self.length
+        return max(self.window(self.tile - 1) + self.kernel, self.length - self.window(self.tile))
+
+    @property
+    def step(self) -> int:
+        """Rows of a slab from tile to tile."""
+        return self.tile if self.overlaps else self.halo
 
     def start(self, tile: int, clamped: bool) -> int:
         """First key of a tile; ``clamped``: shifted so that no key lies outside of the axis."""
         start = tile * self.tile - self.guard
-        return max(min(start, self.length - self.halo), 0) if clamped else start
+        return max(min(start, self.length - self.halo), 0) if clamped or not self.overlaps else start
 
     def window(self, query: int) -> int:
         """First key that a query sees."""
@@ -118,12 +131,11 @@ class Plan:
         self.shape = (batch, y.residues, x.residues, heads, x.tiles)
         self.head_dim, self.value_dim, self.dtype, self.y, self.x = head_dim, value_dim, dtype, y, x
         self.queries, self.keys = y.tile * x.tile, y.halo * x.halo
-        # PyTorch's dense attention has no gradient of a bias, and wants equal dims.
-        self.is_dense = y.tiles == x.tiles == 1 and head_dim == value_dim
-        self.is_whole = self.is_dense and y.residues == x.residues == y.dilation == x.dilation == 1
+        self.is_whole = y.tiles == x.tiles == 1  # a class is a tile
         column = y.tiles * self.queries * self.keys * dtype.itemsize
         columns = math.prod(self.shape)
-        limit = columns if columns * column <= 2 * CHUNK_BYTES else max(CHUNK_BYTES // column, 1)
+        self.pairs = columns * y.tiles * self.queries * self.keys  # of a query and a key, in all tiles
+        limit = columns if columns * column <= 2 * _CHUNK_BYTES else max(_CHUNK_BYTES // column, 1)
         self.chunks = list(self._chunks(limit))
         # Where the parts of the workspace are, in elements: of the forward pass, then what the backward adds.
         tiles, dim = min(limit, columns) * y.tiles, max(head_dim, value_dim)
@@ -138,7 +150,7 @@ class Plan:
         self.sizes = {False: ends[4], True: ends[-1]}
 
     def _slab_size(self, tiles: int, dim: int) -> int:
-        return (tiles * self.y.tile + self.y.kernel) * self.x.halo * dim
+        return (tiles * self.y.step + self.y.kernel) * self.x.halo * dim
 
     def _chunks(self, limit: int) -> Iterator[tuple[tuple[int, int], ...]]:
         """Pieces of at most ``limit`` columns of tiles that are consecutive in the order of ``shape``."""
@@ -175,9 +187,9 @@ def plans(
             return (Axis(y[0], y[1], dilation[0], y[2], kernel_size[0], stride[0], tile_y),
                     Axis(x[0], x[1], dilation[1], x[2], kernel_size[1], stride[1], tile_x))
 
-        whole = axes(rows, columns)
-        chosen = whole if rows * columns <= _DENSE_TOKENS else min(
-            itertools.starmap(axes, itertools.product(*map(_tile_sizes, whole))), key=lambda pair: _cost(*pair))
+        chosen = min(
+            itertools.starmap(axes, itertools.product(*map(_tile_sizes, axes(rows, columns)))),
+            key=lambda pair: _cost(*pair))
         plans.append(Plan(batch, heads, head_dim, value_dim, dtype, *chosen))
     return plans
 
@@ -268,16 +280,25 @@ def slab_moves(
     """
     y, x, first = plan.y, plan.x, chunk[4][0]
     row = x.halo * dim
-    slab = y.tiles * y.tile * row
+    slab = y.tiles * y.step * row
     place = _outer_strides(chunk, slab)
+    if y.overlaps or y.tiles == 1:
+        boxes = [(0, 1, 1, y.length)]
+    elif disjoint:
+        boxes = [(y.start(tile, clamped=True), 1, 1, y.halo) for tile in range(y.tiles)]
+    else:
+        boxes = [(0, y.tiles, y.start(1, clamped=True), y.halo)]
     moves = []
     for _, x0, x1 in x.kinds(*chunk[4]):
         step = min(-(-x.halo // x.tile), x1 - x0) if disjoint else 1
         for start in range(x0, x0 + step):
             columns = (x.start(start, clamped=True), len(range(start, x1, step)), step * x.tile, x.halo)
-            moves.append(_move(
-                plan, chunk, map_strides, dim, (0, 1, 1, y.length), columns,
-                (*place[:4], step * place[4], slab, row, dim, 1), y.guard * row + (start - first) * slab))
+            moves += [
+                _move(
+                    plan, chunk, map_strides, dim, rows, columns,
+                    (*place[:4], step * place[4], y.halo * row, row, dim, 1),
+                    (y.guard + tile * y.halo) * row + (start - first) * slab)
+                for tile, rows in enumerate(boxes)]
     return moves
 
 

@@ -9,8 +9,8 @@ product. What a window holds beyond a query's own neighborhood, or beyond the sl
 Work is done in chunks of tiles whose scores stay in the cache, in a workspace that a thread keeps from call to call:
 on the maps of a backbone, fresh pages and the arithmetic of views would cost as much as the products. What depends on
 shapes and strides only, a plan of chunks and copies, is therefore cached too. The residue classes of a dilated axis
-are more batch. The backward pass computes the probabilities again instead of keeping them. Classes that are hardly
-larger than a tile run in PyTorch's dense attention under one mask.
+are more batch. The backward pass takes the probabilities that the forward pass kept, or computes them again where they
+are many.
 """
 import math
 from collections.abc import Sequence
@@ -21,12 +21,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import concrete, differentiated
 from . import general, naive
-from .dense import dense, dense_backward
-from .plan import Plan, plans
+from .plan import Plan, columns_of, plans
 from .table import add_to_bias, table_of
-from .work import Work, class_tokens, store_class_tokens
+from .work import Work
 
 __all__ = ["slab_attention"]
+
+_KEPT_BYTES = 16 << 20  # probabilities that a call keeps for its backward, at most
 
 
 def slab_attention(
@@ -54,7 +55,9 @@ def slab_attention(
     Returns:
         ``[batch, height, width, heads, value_dim]`` in the dtype of q, computed in float32 or better.
     """
-    return _slab_forward(q, k, v, bias, list(kernel_size), list(dilation), list(stride), scale)[0]
+    keep = not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, bias))
+    return _slab_forward(q, k, v, bias, list(kernel_size), list(dilation), list(stride), scale, keep)[0]
 
 
 @torch.library.custom_op("visionattn::neighborhood_slab", mutates_args=())
@@ -67,40 +70,24 @@ def _slab_forward(
         dilation: list[int],
         stride: list[int],
         scale: float,
+        keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp ``[batch, height, width, heads]`` where the dense backward wants it, else 0."""
-    compute = torch.promote_types(q.dtype, torch.float32)
-    pieces = plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
-    if pieces[0].is_whole:
-        queries, keys, values = (x.flatten(1, 2).transpose(1, 2).to(compute) for x in (q, k, v))
-        result, sums = dense(queries, keys, values, table_of(pieces[0], bias), scale)
-        out = result.transpose(1, 2).reshape(v.shape).to(q.dtype).contiguous()
-        lse = sums.transpose(1, 2).contiguous().view(q.shape[:-1])
-    else:
-        out = q.new_empty(v.shape)
-        lse = q.new_zeros(q.shape[:-1], dtype=compute)
-        for plan in pieces:
-            _run_forward(plan, q, k, v, table_of(plan, bias), scale, out, lse)
-    for part in _not_finite(out):
-        table = None if bias is None else bias[part[3]]
-        out[part] = _standard(q[part], k[part], v[part], table, kernel_size, dilation, stride, scale)
-    return out, lse
-
-
-def _run_forward(
-        plan: Plan, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, scale: float, out: Tensor, lse: Tensor,
-) -> None:
-    if plan.is_dense:
-        queries, keys, values = (class_tokens(plan, x) for x in (q, k, v))
-        result, sums = dense(queries, keys, values, table, scale)
-        store_class_tokens(plan, result, out)
-        store_class_tokens(plan, sums.unsqueeze(-1), lse.unsqueeze(-1))
-        return
-    work = Work(plan, backward=False)
-    for chunk in plan.chunks:
-        p = work.probabilities(chunk, q, k, table, scale)
-        values = work.load_keys("v", chunk, v)
-        work.store_tiles(chunk, torch.bmm(p, values, out=work.tiles("out", chunk, plan.value_dim)), out)
+    """The output, and the probabilities of all tiles for the backward; none unless ``keep``, or if they are large."""
+    pieces = _plans(q, v, kernel_size, dilation, stride)
+    out = q.new_empty(v.shape)
+    kept = q.new_empty(_count_kept(pieces, keep), dtype=pieces[0].dtype)
+    for plan, parts in zip(pieces, _parts_of(kept, pieces), strict=True):
+        work, table = Work(plan, backward=False), table_of(plan, bias)
+        for chunk, part in zip(plan.chunks, parts, strict=True):
+            queries, keys = work.load_tiles("q", chunk, q), work.load_keys("k", chunk, k)
+            p = work.probabilities(
+                chunk, queries, keys, table, scale, work.scores("scores", chunk) if part is None else part)
+            values = work.load_keys("v", chunk, v)
+            work.store_tiles(chunk, torch.bmm(p, values, out=work.tiles("out", chunk, plan.value_dim)), out)
+    for index in _not_finite(out):
+        rpb = None if bias is None else bias[index[3]]
+        out[index] = _standard(q[index], k[index], v[index], rpb, kernel_size, dilation, stride, scale)
+    return out, kept
 
 
 @torch.library.custom_op("visionattn::neighborhood_slab_backward", mutates_args=())
@@ -110,8 +97,7 @@ def _slab_backward(
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        kept: Tensor,
         kernel_size: list[int],
         dilation: list[int],
         stride: list[int],
@@ -119,55 +105,60 @@ def _slab_backward(
         bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and (empty unless ``bias_grad``) bias, all contiguous."""
-    compute = torch.promote_types(q.dtype, torch.float32)
-    pieces = plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
+    pieces = _plans(q, v, kernel_size, dilation, stride)
+    compute = pieces[0].dtype
     dbias = q.new_zeros(0 if bias is None or not bias_grad else bias.shape, dtype=compute)
-    if pieces[0].is_whole:
-        tensors = [x.flatten(1, 2).transpose(1, 2).to(compute) for x in (grad, q, k, v, out)]
-        sums = lse.flatten(1, 2).transpose(1, 2)
-        gradients = dense_backward(tensors, sums, table_of(pieces[0], bias), scale, bias_grad)
-        if bias_grad:
-            add_to_bias(pieces[0], gradients[3], dbias)
-        dq, dk, dv = (x.transpose(1, 2).reshape(y.shape).to(y.dtype).contiguous()
-                      for x, y in zip(gradients[:3], (q, k, v), strict=True))
-    else:
-        dq = q.new_empty(q.shape)
-        dk, dv = k.new_zeros(k.shape, dtype=compute), v.new_zeros(v.shape, dtype=compute)
-        for plan in pieces:
-            _run_backward(plan, grad, q, k, v, out, lse, table_of(plan, bias), scale, bias_grad, (dq, dk, dv, dbias))
-        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
-    return dq, dk, dv, dbias if bias is None else dbias.to(bias.dtype)
+    dq = q.new_empty(q.shape)
+    dk, dv = k.new_empty(k.shape, dtype=compute), v.new_empty(v.shape, dtype=compute)
+    if not all(plan.is_whole for plan in pieces):
+        dk.zero_(), dv.zero_()
+    for plan, parts in zip(pieces, _parts_of(kept, pieces), strict=True):
+        _run_backward(plan, grad, q, k, v, table_of(plan, bias), parts, scale, bias_grad, (dq, dk, dv, dbias))
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
 def _run_backward(
-        plan: Plan, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, table: Tensor | None,
-        scale: float, bias_grad: bool, targets: tuple[Tensor, Tensor, Tensor, Tensor],
+        plan: Plan, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None,
+        parts: Sequence[Tensor | None], scale: float, bias_grad: bool, targets: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     dq, dk, dv, dbias = targets
-    if plan.is_dense:
-        sums = class_tokens(plan, lse.unsqueeze(-1)).squeeze(-1)
-        gradients = dense_backward(
-            [class_tokens(plan, x) for x in (grad, q, k, v, out)], sums, table, scale, bias_grad)
-        for gradient, target in zip(gradients[:3], (dq, dk, dv), strict=True):
-            store_class_tokens(plan, gradient, target)
-        if bias_grad:
-            add_to_bias(plan, gradients[3], dbias)
-        return
     work = Work(plan, backward=True)
     dtable = None if table is None or not bias_grad else torch.zeros_like(table)
-    for chunk in plan.chunks:
-        p = work.probabilities(chunk, q, k, table, scale)
-        queries, keys = work.tiles("q", chunk, plan.head_dim), work.key_windows("k", chunk, plan.head_dim)
+    for chunk, p in zip(plan.chunks, parts, strict=True):
+        queries, keys = work.load_tiles("q", chunk, q), work.load_keys("k", chunk, k)
+        if p is None:
+            p = work.probabilities(chunk, queries, keys, table, scale, work.scores("scores", chunk))
         dout, values = work.load_tiles("dout", chunk, grad), work.load_keys("v", chunk, v)
         work.add_keys(chunk, torch.bmm(p.mT, dout, out=work.windows(chunk, plan.value_dim)), dv)
         ds = torch.bmm(dout, values.mT, out=work.scores("dscores", chunk))
         torch._softmax_backward_data(ds, p, -1, plan.dtype, grad_input=ds)
         if dtable is not None:
             work.add_scores("dscores", chunk, dtable)
-        work.add_keys(chunk, torch.bmm(ds.mT, queries, out=work.windows(chunk, plan.head_dim)), dk)
-        work.store_tiles(chunk, torch.bmm(ds, keys, out=queries).mul_(scale), dq)
+        dkeys = work.windows(chunk, plan.head_dim).baddbmm_(ds.mT, queries, beta=0, alpha=scale)
+        work.add_keys(chunk, dkeys, dk)
+        work.store_tiles(chunk, queries.baddbmm_(ds, keys, beta=0, alpha=scale), dq)
     if dtable is not None:
         add_to_bias(plan, dtable, dbias)
+
+
+def _plans(q: Tensor, v: Tensor, kernel_size: list[int], dilation: list[int], stride: list[int]) -> list[Plan]:
+    compute = torch.promote_types(q.dtype, torch.float32)
+    return plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
+
+
+def _count_kept(pieces: list[Plan], keep: bool) -> int:
+    """Probabilities that a call keeps for its backward."""
+    count = sum(plan.pairs for plan in pieces)
+    return count if keep and count * pieces[0].dtype.itemsize <= _KEPT_BYTES else 0
+
+
+def _parts_of(kept: Tensor, pieces: list[Plan]) -> list[Sequence[Tensor | None]]:
+    """The probabilities of every plan's chunks, ``[tiles, queries, keys]``, in what is kept; None if nothing is."""
+    if not kept.numel():
+        return [[None] * len(plan.chunks) for plan in pieces]
+    return [
+        part.view(-1, plan.queries, plan.keys).split([columns_of(chunk) * plan.y.tiles for chunk in plan.chunks])
+        for plan, part in zip(pieces, kept.split([plan.pairs for plan in pieces]), strict=True)]
 
 
 def _not_finite(*results: Tensor) -> list[tuple]:
@@ -196,26 +187,27 @@ def _standard(q, k, v, bias, kernel_size, dilation, stride, scale) -> Tensor:
 
 
 @_slab_forward.register_fake
-def _(q, k, v, bias, kernel_size, dilation, stride, scale):
-    return q.new_empty(v.shape), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q, k, v, bias, kernel_size, dilation, stride, scale, keep):
+    count = _count_kept(_plans(q, v, kernel_size, dilation, stride), keep) if keep else 0
+    return q.new_empty(v.shape), q.new_empty(count, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_slab_backward.register_fake
-def _(grad, q, k, v, bias, out, lse, kernel_size, dilation, stride, scale, bias_grad):
+def _(grad, q, k, v, bias, kept, kernel_size, dilation, stride, scale, bias_grad):
     dtype = torch.promote_types(q.dtype, torch.float32) if bias is None else bias.dtype
     dbias = q.new_empty(bias.shape if bias is not None and bias_grad else 0, dtype=dtype)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bias, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, bias, *output)
+    q, k, v, bias, *ctx.options, _ = inputs
+    ctx.save_for_backward(q, k, v, bias, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
         def standard(q, k, v, bias):
             kernel_size, dilation, stride, scale = ctx.options
@@ -223,7 +215,7 @@ def _backward(ctx, grad, _):
                 q, k, v, tuple(kernel_size), tuple(dilation), tuple(stride), (False, False), bias, scale)[0]
 
         found = differentiated(standard, ctx.saved_tensors[:4], grad, ctx.needs_input_grad[:4])
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
     bias_grad = ctx.needs_input_grad[3]
     dq, dk, dv, dbias = _slab_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, bias_grad)
     for part in _not_finite(dq, dk, dv) if concrete(grad) else ():
@@ -233,7 +225,7 @@ def _backward(ctx, grad, _):
             out = _standard(q, k, v, None if bias is None else bias[part[3]].detach(), *ctx.options)
             exact = torch.autograd.grad(out, leaves, grad[part])
         dq[part], dk[part], dv[part] = exact
-    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
+    return dq, dk, dv, dbias if bias_grad else None, None, None, None, None, None
 
 
 _slab_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -250,6 +242,6 @@ def _(q_shape, k_shape, v_shape, bias_shape, kernel_size, *args, **kwargs) -> in
 
 
 @register_flop_formula(torch.ops.visionattn.neighborhood_slab_backward)
-def _(grad_shape, q_shape, k_shape, v_shape, bias_shape, output_shape, lse_shape, kernel_size, *args, **kwargs) -> int:
-    # Scores again, then four products. (No argument may be called out_shape: PyTorch passes one of that name.)
+def _(grad_shape, q_shape, k_shape, v_shape, bias_shape, kept_shape, kernel_size, *args, **kwargs) -> int:
+    # As PyTorch counts its own attention: scores again, even if they are kept, then four products.
     return 5 * _flops(q_shape, v_shape, kernel_size) // 2

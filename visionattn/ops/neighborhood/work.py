@@ -6,7 +6,7 @@ from torch import Tensor
 from ..kept import workspace
 from .plan import Chunk, Move, Plan, columns_of, kind_moves, slab_moves, tile_moves
 
-__all__ = ["Work", "class_tokens", "store_class_tokens"]
+__all__ = ["Work"]
 
 
 class Work:
@@ -16,14 +16,15 @@ class Work:
         self.plan = plan
         self.memory = workspace(plan.sizes[backward], plan.dtype)
 
-    def probabilities(self, chunk: Chunk, q: Tensor, k: Tensor, table: Tensor | None, scale: float) -> Tensor:
-        """The chunk's attention, ``[tiles, queries, keys]``."""
-        queries = self.load_tiles("q", chunk, q).mul_(scale)
-        scores = torch.bmm(queries, self.load_keys("k", chunk, k).mT, out=self.scores("scores", chunk))
+    def probabilities(
+            self, chunk: Chunk, queries: Tensor, keys: Tensor, table: Tensor | None, scale: float, out: Tensor,
+    ) -> Tensor:
+        """The attention of a chunk's tiles, ``[tiles, queries, keys]``, in ``out``."""
+        out.baddbmm_(queries, keys.mT, beta=0, alpha=scale)
         if table is not None:
             for move in kind_moves(self.plan, chunk, shared=len(table) == 1):
-                self._place("scores", move).add_(box(table, move))
-        return torch.softmax(scores, dim=-1, out=scores)
+                out.as_strided(move.shape, move.place, out.storage_offset() + move.place_offset).add_(box(table, move))
+        return torch.softmax(out, dim=-1, out=out)
 
     def tiles(self, part: str, chunk: Chunk, dim: int) -> Tensor:
         """Room for the queries of every tile, or what belongs to them, ``[tiles, queries, dim]``."""
@@ -44,7 +45,7 @@ class Work:
         """The keys of every tile, a view with overlaps ``[tiles, keys, dim]``."""
         y, x = self.plan.y, self.plan.x
         return self.memory.as_strided(
-            (columns_of(chunk) * y.tiles, self.plan.keys, dim), (y.tile * x.halo * dim, dim, 1),
+            (columns_of(chunk) * y.tiles, self.plan.keys, dim), (y.step * x.halo * dim, dim, 1),
             self.plan.offsets[part])
 
     def load_tiles(self, part: str, chunk: Chunk, tensor: Tensor) -> Tensor:
@@ -68,28 +69,34 @@ class Work:
         # What is masked must be finite: rows around the slabs and after the end of the map.
         row, rows = x.halo * dim, y.tiles * y.tile
         count, first = columns_of(chunk), self.plan.offsets[part]
-        if y.tiles > 1:
+        if y.overlaps:
             self.memory[first:first + y.guard * row].zero_()
             self.memory[first + (y.guard + count * rows) * row:][:(y.kernel - y.guard) * row].zero_()
-        if y.padding:
-            self.memory.as_strided(
-                (count, y.padding * row), (rows * row, 1), first + (y.guard + y.length) * row).zero_()
+            if y.padding:
+                self.memory.as_strided(
+                    (count, y.padding * row), (rows * row, 1), first + (y.guard + y.length) * row).zero_()
         for move in slab_moves(self.plan, chunk, tensor.stride(), dim, disjoint=False):
             self._place(part, move).copy_(box(tensor, move))
         return self.key_windows(part, chunk, dim)
 
     def add_keys(self, chunk: Chunk, windows: Tensor, tensor: Tensor) -> None:
-        """Adds the gradients of all tiles' keys to the map: overlapping windows to slabs, then halos to columns."""
+        """Adds the gradients of all tiles' keys to the map: overlapping windows to slabs, then halos to columns.
+
+        Where a class is a tile, every key has one gradient: it is copied.
+        """
         y, x, dim = self.plan.y, self.plan.x, tensor.shape[-1]
-        row, count, first = x.halo * dim, windows.shape[0], self.plan.offsets["dslab"]
-        windows = windows.view(count, y.halo, row)
-        self.memory[first + count * y.tile * row:][:y.kernel * row].zero_()
-        for shift in range(0, y.halo, y.tile):
-            block = windows[:, shift:shift + y.tile]
-            target = self.memory.as_strided(block.shape, (y.tile * row, row, 1), first + shift * row)
-            target.add_(block) if shift else target.copy_(block)
+        part = "dslab" if y.overlaps else "windows"
+        if y.overlaps:
+            row, count, first = x.halo * dim, windows.shape[0], self.plan.offsets["dslab"]
+            windows = windows.view(count, y.halo, row)
+            self.memory[first + count * y.tile * row:][:y.kernel * row].zero_()
+            for shift in range(0, y.halo, y.tile):
+                block = windows[:, shift:shift + y.tile]
+                target = self.memory.as_strided(block.shape, (y.tile * row, row, 1), first + shift * row)
+                target.add_(block) if shift else target.copy_(block)
         for move in slab_moves(self.plan, chunk, tensor.stride(), dim, disjoint=True):
-            box(tensor, move).add_(self._place("dslab", move))
+            target, source = box(tensor, move), self._place(part, move)
+            target.copy_(source) if self.plan.is_whole else target.add_(source)
 
     def add_scores(self, part: str, chunk: Chunk, table: Tensor) -> None:
         """Sums scores over all tiles of a kind into the table of their head."""
@@ -102,21 +109,3 @@ class Work:
 
 def box(tensor: Tensor, move: Move) -> Tensor:
     return tensor.as_strided(move.shape, move.map, tensor.storage_offset() + move.map_offset)
-
-
-def class_tokens(plan: Plan, tensor: Tensor) -> Tensor:
-    """``[classes, heads, tokens, dim]`` of a dense plan; a view where the strides allow it."""
-    return _all(plan, tensor).to(plan.dtype).flatten(4, 5).flatten(0, 2)
-
-
-def store_class_tokens(plan: Plan, tokens: Tensor, tensor: Tensor) -> None:
-    """The inverse of :func:`class_tokens`, into ``tensor``."""
-    target = _all(plan, tensor)
-    target.copy_(tokens.reshape(target.shape))
-
-
-def _all(plan: Plan, tensor: Tensor) -> Tensor:
-    """View of a dense plan's classes ``[batch, classes in y, classes in x, heads, rows, columns, dim]``."""
-    everything = tuple((0, size) for size in plan.shape)
-    move, = tile_moves(plan, everything, tensor.stride(), tensor.shape[-1])
-    return box(tensor, move)[:, :, :, :, 0, 0]
