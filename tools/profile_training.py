@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import visionattn  # noqa: F401 - registers the models
 from visionattn.bench.machine import figure
-from visionattn.bench.training import BESIDE, _Step
+from visionattn.bench.training import BESIDE, Step
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/train_profile.csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps = {name: _Step(name, args.batch, args.image_size, "cpu") for name in (args.model, BESIDE)}
+    steps = {name: Step(name, args.batch, args.image_size, "cpu") for name in (args.model, BESIDE)}
     times: dict[str, dict[str, float]] = {name: {} for name in steps}
     for _ in range(args.repeat):
         for name, step in steps.items():
@@ -50,7 +50,7 @@ def main() -> None:
     print(f"{args.out}: {len(rows)} operators; a profiled step is {ratio:.3f} of {BESIDE}'s")
 
 
-def _operators(step: _Step) -> dict[str, float]:
+def _operators(step: Step) -> dict[str, float]:
     """Seconds of one step by operator."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step.turn()

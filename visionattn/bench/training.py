@@ -24,7 +24,7 @@ from ..models import families
 from .machine import figure, synchronize
 from .timing import peak_memory
 
-__all__ = ["BESIDE", "TRAINING_PEERS", "benchmark_training", "data_seconds", "models_of_families",
+__all__ = ["BESIDE", "TRAINING_PEERS", "Step", "benchmark_training", "data_seconds", "models_of_families",
            "write_photographs"]
 
 BESIDE = "swin_tiny_patch4_window7_224"  # timm's, what the others are timed beside
@@ -74,12 +74,12 @@ def benchmark_training(
         of figures.
     """
     forms = ["eager", *["attention", "blocks"] * checkpointed, *["compiled"] * compiled]
-    steps: dict[str, _Step] = {}
+    steps: dict[str, Step] = {}
     notes = {}
-    beside = _Step(BESIDE, batch, image_size, device)
+    beside = Step(BESIDE, batch, image_size, device)
     for form in forms:
         try:
-            steps[form] = _Step(name, batch, image_size, device, form)
+            steps[form] = Step(name, batch, image_size, device, form)
         except Exception as error:  # whatever a compiler or a model of another size leads to
             notes[form] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     for form in [form for form in steps if form != "eager" and "eager" in steps]:
@@ -132,8 +132,15 @@ def write_photographs(folder: Path, count: int) -> None:
         Image.fromarray(pixels[number % len(pixels)]).save(path, quality=90)
 
 
-class _Step:
-    """A model with all that a training step takes.
+class Step:
+    """A model with all that a training step takes: images and labels, loss, AdamW.
+
+    Args:
+        name: As of ``timm.create_model``.
+        batch: Images of a step.
+        image_size: Their height and width.
+        device: ``cpu`` or ``cuda``.
+        form: ``eager``, ``attention``, ``blocks`` or ``compiled``, as of :func:`benchmark_training`.
 
     Raises:
         RuntimeError: Logits, loss or a gradient are not finite, or a parameter has no gradient.
@@ -180,7 +187,7 @@ class _Step:
         parts = dict(zip(_PARTS, (end - start for start, end in itertools.pairwise(marks)), strict=True))
         return parts | {"step": marks[-1] - marks[0]}
 
-    def differs(self, other: "_Step") -> float:
+    def differs(self, other: "Step") -> float:
         """Length of the difference of the first gradients, as a share of the other's."""
         error = sum((self.gradient[key] - x).double().square().sum() for key, x in other.gradient.items())
         length = sum(x.double().square().sum() for x in other.gradient.values())
@@ -205,7 +212,7 @@ def _create(name: str, image_size: int) -> Any:
     return timm.create_model(name, num_classes=CLASSES)
 
 
-def _take_turns(steps: Mapping[str, _Step], repeat: int) -> dict[tuple[str, str], list[float]]:
+def _take_turns(steps: Mapping[str, Step], repeat: int) -> dict[tuple[str, str], list[float]]:
     """Seconds of every part in every turn."""
     seconds: dict[tuple[str, str], list[float]] = {}
     for _, (form, step) in itertools.product(range(repeat), steps.items()):
