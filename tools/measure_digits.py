@@ -36,7 +36,9 @@ PEERS = ("test_vit", "test_convnext", "test_resnet", "test_efficientnet")  # tim
 MODELS: dict[str, dict[str, Any]] = {
     name: dict(options) for record in families().values() for name, options in [next(iter(record.small.items()))]
 } | {name: {} for name in PEERS}
-MODELS["dinat_s_tiny"]["dilations"] = ((1, 2), (1, 1), (1, 1), (1, 1))  # its own are for the maps of 224 pixels
+# Their own sizes of patches and neighborhoods are for 224 pixels: here the maps would be mostly padding.
+MODELS["dinat_s_tiny"]["dilations"] = ((1, 2), (1, 1), (1, 1), (1, 1))
+MODELS["dinat_iso_small"] |= {"patch_size": 8, "kernel_size": 3}
 START, END = "<!-- measured digits -->", "<!-- end of measured digits -->"
 
 
