@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import visionattn  # noqa: F401 - registers the models
 from visionattn.bench.machine import figure
 from visionattn.bench.training import BESIDE, Step
 

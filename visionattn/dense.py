@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .models import DenseNorm, Family, family_of
 from .weights import check_name, fitting, read_checkpoint, timm_model
 
-__all__ = ["DenseBackbone"]
+__all__ = ["DenseBackbone", "backbone_of"]
 
 # Modules of timm whose authors' dense backbones put a norm on each map that they return; ours say it themselves.
 _TIMM_NORMS = dict.fromkeys(
@@ -222,6 +222,11 @@ class DenseBackbone(nn.Module):
         if faults:
             raise ValueError(f"{path} is not a checkpoint of {self.name}: entries {', '.join(faults)}")
         self.load_state_dict({key: x for key, x in state_dict.items() if key in wanted}, strict=False)
+
+
+def backbone_of(model: nn.Module) -> Any:
+    """The timm model in a segmenter or a detector; others are one themselves."""
+    return next((module.model for module in model.modules() if isinstance(module, DenseBackbone)), model)
 
 
 def _level_norm(kind: DenseNorm, level: int, channels: int, **dd: Any) -> nn.Module:

@@ -125,6 +125,11 @@ def _rows(run):
     return dict(sorted(rows.items()))
 
 
+def _signalled(**options):
+    return ["--trainer.callbacks+=tests.tasks.test_midepoch.Terminates",
+            *(f"--trainer.callbacks.{name}={value}" for name, value in options.items())]
+
+
 @pytest.mark.parametrize(("epoch", "batch", "where"), [
     pytest.param(0, 1, "train", marks=pytest.mark.slow),  # at a step
     pytest.param(1, 2, "train", marks=pytest.mark.slow),  # within a step
@@ -134,10 +139,8 @@ def _rows(run):
 ])
 @pytest.mark.parametrize("end", ["epochs", pytest.param("steps", marks=pytest.mark.slow)])
 def test_terminated_run_goes_on_where_it_was(epoch, batch, where, end, fit, lived, tmp_path, capfd):
-    stops = ["--trainer.callbacks+=tests.tasks.test_midepoch.Terminates", f"--trainer.callbacks.epoch={epoch}",
-             f"--trainer.callbacks.batch={batch}", f"--trainer.callbacks.where={where}"]
     last = ["--trainer.max_epochs", "-1", "--trainer.max_steps", str(EPOCHS * 3)] if end == "steps" else []
-    assert fit("stopped", *last, *stops) == 143
+    assert fit("stopped", *last, *_signalled(epoch=epoch, batch=batch, where=where)) == 143
     assert "visionattn: interrupted; go on with: " in capfd.readouterr().err
     halfway = _last(tmp_path / "stopped")
     done = {"train": batch + 1, "load": batch, "validate": BATCHES}[where]
@@ -145,11 +148,6 @@ def test_terminated_run_goes_on_where_it_was(epoch, batch, where, end, fit, live
     assert fit("stopped", *last, "--resume", "auto") == 0
     _assert_equal(_last(tmp_path / "stopped"), _last(lived))
     assert _rows(tmp_path / "stopped") == _rows(lived)
-
-
-def _signalled(**options):
-    return ["--trainer.callbacks+=tests.tasks.test_midepoch.Terminates",
-            *(f"--trainer.callbacks.{name}={value}" for name, value in options.items())]
 
 
 @pytest.mark.parametrize(("batch", "where"), [(1, "load"), pytest.param(2, "train", marks=pytest.mark.slow)])

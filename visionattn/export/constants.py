@@ -16,7 +16,7 @@ _OF_SHAPE = {"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "fu
 def with_constants(program: torch.export.ExportedProgram) -> nn.Module:
     """The module of a program of fixed shapes, in which what depends on no input and no weight is a buffer.
 
-    Squares, also those of Euclidean norms, are products: LiteRT has no power of tensors of this many axes.
+    Squares, also those of Euclidean norms, are products: LiteRT's converter refuses the powers of TransNeXt.
     """
     module = program.run_decompositions(_SQUARES).module(check_guards=False)  # without writing in place
     assert isinstance(module, fx.GraphModule)

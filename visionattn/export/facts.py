@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..dense import DenseBackbone
+from ..dense import backbone_of
 from ..heads import Segmenter
 from ..heads.detector import DETECTORS
 from ..weights import imagenet_names
 
-__all__ = ["describe", "facts", "is_detector", "resize_rule", "timm_model", "weights_sha256"]
+__all__ = ["describe", "facts", "is_detector", "resize_rule", "weights_sha256"]
 
 
 def facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def facts(model: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         shape: Of the images, ``[..., channels, height, width]``.
     """
     run: dict[str, Any] = getattr(model, "run", {})
-    config = getattr(timm_model(model), "pretrained_cfg", {})
+    config = getattr(backbone_of(model), "pretrained_cfg", {})
     channels, size = shape[-3], list(shape[-2:])
     found: dict[str, Any] = {
         "producer": f"visionattn {__version__}",
@@ -119,11 +119,6 @@ def resize_rule(
 def is_detector(model: nn.Module) -> bool:
     """Whether it is one of torchvision's detectors."""
     return isinstance(model, tuple(DETECTORS.values()))
-
-
-def timm_model(model: Any) -> Any:
-    """The timm model in a segmenter or a detector; others are one themselves."""
-    return next((module.model for module in model.modules() if isinstance(module, DenseBackbone)), model)
 
 
 def weights_sha256(model: nn.Module) -> str:

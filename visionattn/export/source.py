@@ -7,9 +7,9 @@ from timm.layers import to_2tuple
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from ..dense import backbone_of
 from ..heads import Segmenter
 from .check import IMAGES, Check, photographs, relative
-from .facts import timm_model
 from .graph import explained
 
 __all__ = ["MULTIPLE", "Source", "plain", "source_of"]
@@ -84,7 +84,7 @@ def _normalised(*shape: int, generator: torch.Generator) -> Tensor:
 def _image_shape(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model was made for, or its run validated on."""
     settings = getattr(model, "run", {}).get("_image_settings") or {}
-    model = timm_model(model)
+    model = backbone_of(model)
     channels, height, width = model.pretrained_cfg["input_size"]
     inner = getattr(model, "model", model)  # of what timm wraps for features
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)

@@ -58,7 +58,7 @@ def checkpointed(module: nn.Module, function: Callable[..., Any], *args: Any, **
     return checkpoint(_run, module, function, *args, use_reentrant=False, **kwargs)
 
 
-class _Twice(partial):  # type: ignore[type-arg]
+class _Twice(partial[Any]):
     """A module's forward in place of its own: copies and pickles of the module have one of theirs."""
 
 

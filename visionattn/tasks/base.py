@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..data.loading import seed_random
+from ..dense import backbone_of
 from ..layers import checkpoint_attention
 from ..runtime.engine import Meaning
 from ..runtime.say import say
@@ -80,18 +81,13 @@ class Task(pl.LightningModule):
         """What a training step calls of the model and can be compiled."""
         return [self.model]
 
-    @property
-    def timm_model(self) -> Any:
-        """The backbone in the model."""
-        return self.model
-
     def _set_checkpointing(self, enable: bool) -> None:
         """Begins or ends to compute what ``grad_checkpointing`` says a second time."""
         if self.args.grad_checkpointing == "attention":
-            checkpoint_attention(self.timm_model, enable)
+            checkpoint_attention(backbone_of(self.model), enable)
         elif self.args.grad_checkpointing:
             try:
-                self.timm_model.set_grad_checkpointing(enable)
+                backbone_of(self.model).set_grad_checkpointing(enable)
             except (AttributeError, AssertionError):
                 raise ValueError(
                     f"{self.args.backbone} does not support grad_checkpointing true: take attention or leave it out"

@@ -177,11 +177,6 @@ class DetectionTask(Task):
             schedule = steps_with_warmup(optimizer, milestones, warmup, start_ratio=self.start_ratio())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @property
-    def timm_model(self) -> nn.Module:
-        """The backbone in the model."""
-        return self.model.backbone.body.model
-
     def compiled(self) -> list[nn.Module]:
         """The backbone and its pyramid: the rest depends on what is found."""
         return [self.model.backbone]

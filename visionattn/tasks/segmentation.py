@@ -209,11 +209,6 @@ class SegmentationTask(Task):
             schedule = poly_with_warmup(optimizer, steps, warmup, floor, args.poly_power, start)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @property
-    def timm_model(self) -> nn.Module:
-        """The backbone in the model."""
-        return self.model.backbone.model
-
     def compiled(self) -> list[nn.Module]:
         """The backbone and the heads, which a training step calls one by one."""
         return [part for part in (self.model.backbone, self.model.head, self.model.auxiliary_head) if part is not None]

@@ -75,7 +75,7 @@ def _slab_forward(
     """The output, and the probabilities of all tiles for the backward; none unless ``keep``, or if they are large."""
     pieces = _plans(q, v, kernel_size, dilation, stride)
     out = q.new_empty(v.shape)
-    kept = q.new_empty(_count_kept(pieces, keep), dtype=pieces[0].dtype)
+    kept = q.new_empty(_count_kept(pieces) if keep else 0, dtype=pieces[0].dtype)
     for plan, parts in zip(pieces, _parts_of(kept, pieces), strict=True):
         work, table = Work(plan, backward=False), table_of(plan, bias)
         for chunk, part in zip(plan.chunks, parts, strict=True):
@@ -111,7 +111,8 @@ def _slab_backward(
     dq = q.new_empty(q.shape)
     dk, dv = k.new_empty(k.shape, dtype=compute), v.new_empty(v.shape, dtype=compute)
     if not all(plan.is_whole for plan in pieces):
-        dk.zero_(), dv.zero_()
+        dk.zero_()
+        dv.zero_()
     for plan, parts in zip(pieces, _parts_of(kept, pieces), strict=True):
         _run_backward(plan, grad, q, k, v, table_of(plan, bias), parts, scale, bias_grad, (dq, dk, dv, dbias))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dbias if bias is None else dbias.to(bias.dtype)
@@ -146,10 +147,10 @@ def _plans(q: Tensor, v: Tensor, kernel_size: list[int], dilation: list[int], st
     return plans(q.shape, v.shape[-1], compute, tuple(kernel_size), tuple(dilation), tuple(stride))
 
 
-def _count_kept(pieces: list[Plan], keep: bool) -> int:
-    """Probabilities that a call keeps for its backward."""
+def _count_kept(pieces: list[Plan]) -> int:
+    """Probabilities that a call keeps for its backward if it is asked to."""
     count = sum(plan.pairs for plan in pieces)
-    return count if keep and count * pieces[0].dtype.itemsize <= _KEPT_BYTES else 0
+    return count if count * pieces[0].dtype.itemsize <= _KEPT_BYTES else 0
 
 
 def _parts_of(kept: Tensor, pieces: list[Plan]) -> list[Sequence[Tensor | None]]:
@@ -188,7 +189,7 @@ def _standard(q, k, v, bias, kernel_size, dilation, stride, scale) -> Tensor:
 
 @_slab_forward.register_fake
 def _(q, k, v, bias, kernel_size, dilation, stride, scale, keep):
-    count = _count_kept(_plans(q, v, kernel_size, dilation, stride), keep) if keep else 0
+    count = _count_kept(_plans(q, v, kernel_size, dilation, stride)) if keep else 0
     return q.new_empty(v.shape), q.new_empty(count, dtype=torch.promote_types(q.dtype, torch.float32))
 
 

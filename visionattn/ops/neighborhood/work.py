@@ -23,7 +23,7 @@ class Work:
         out.baddbmm_(queries, keys.mT, beta=0, alpha=scale)
         if table is not None:
             for move in kind_moves(self.plan, chunk, shared=len(table) == 1):
-                out.as_strided(move.shape, move.place, out.storage_offset() + move.place_offset).add_(box(table, move))
+                place(out, move).add_(box(table, move))
         return torch.softmax(out, dim=-1, out=out)
 
     def tiles(self, part: str, chunk: Chunk, dim: int) -> Tensor:
@@ -60,8 +60,7 @@ class Work:
     def store_tiles(self, chunk: Chunk, tiles: Tensor, tensor: Tensor) -> None:
         """Copies tiles to a map."""
         for move in tile_moves(self.plan, chunk, tensor.stride(), tensor.shape[-1]):
-            box(tensor, move).copy_(tiles.as_strided(
-                move.shape, move.place, tiles.storage_offset() + move.place_offset))
+            box(tensor, move).copy_(place(tiles, move))
 
     def load_keys(self, part: str, chunk: Chunk, tensor: Tensor) -> Tensor:
         """Copies a map's tokens to slabs; returns the keys of every tile (:meth:`key_windows`)."""
@@ -105,6 +104,10 @@ class Work:
 
     def _place(self, part: str, move: Move) -> Tensor:
         return self.memory.as_strided(move.shape, move.place, self.plan.offsets[part] + move.place_offset)
+
+
+def place(tensor: Tensor, move: Move) -> Tensor:
+    return tensor.as_strided(move.shape, move.place, tensor.storage_offset() + move.place_offset)
 
 
 def box(tensor: Tensor, move: Move) -> Tensor:
