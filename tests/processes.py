@@ -1,4 +1,8 @@
-"""Processes that work together as those of torchrun do, forked from the test's own, where everything is imported."""
+"""Processes that work together as those of torchrun do.
+
+They are forked from a server that has imported everything and computed nothing: autograd's threads, which a test before
+may have started, do not survive a fork of the test's own process.
+"""
 import faulthandler
 import multiprocessing
 import os
@@ -12,13 +16,14 @@ TIME = 200  # seconds that processes may take
 
 
 def together(processes, function, *args):
-    """Runs ``function(*args)`` in that many processes, which find themselves started by torchrun.
+    """Runs ``function(*args)``, all of which can be pickled, in processes that find themselves started by torchrun.
 
     Raises:
         AssertionError: One of them failed (its traceback is shown) or took too long.
     """
     port = free_port()
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["visionattn.data", "visionattn.tasks"])  # what takes seconds to import
     started = [context.Process(target=_run, args=(rank, processes, port, function, args), daemon=True)
                for rank in range(processes)]
     for process in started:
