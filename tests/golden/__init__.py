@@ -45,6 +45,21 @@ def official_state_dict(golden: dict) -> dict[str, torch.Tensor]:
     return {key: fill(key, shape) for key, shape, kind in golden["state_dict"] if kind != "computed"}
 
 
+def filled(shapes) -> dict[str, torch.Tensor]:
+    """The test weights of a golden case that lists ``[key, shape]``, with gradients."""
+    return {key: fill(key, shape).requires_grad_() for key, shape in shapes}
+
+
+def assert_equals(actual: torch.Tensor, expected, tolerance: float = 1e-12) -> None:
+    """Asserts that a tensor is a golden array, which stands whole or as a summary."""
+    if isinstance(expected, dict):
+        assert_matches(actual, expected.get("summary", expected), tolerance)
+        return
+    expected = torch.tensor(expected, dtype=torch.float64)
+    assert actual.shape == expected.shape
+    assert (actual.detach() - expected).abs().max().item() <= tolerance * max(1.0, expected.abs().max().item())
+
+
 def assert_matches(actual: torch.Tensor, summary: dict, tolerance: float = 1e-9) -> None:
     """Asserts that a tensor has the shape, mean, spread and sampled values of a golden summary."""
     assert list(actual.shape) == summary["shape"]

@@ -7,6 +7,7 @@ from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
 from .checkpointing import checkpoint_attention
 from .forward_cross import ForwardCrossAttention
+from .gqa import GroupedQueryAttention, group_heads, to_gqa
 from .kmeans_routing import KMeansRoutingAttention
 from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
@@ -21,6 +22,7 @@ __all__ = [
     "CosineAttention",
     "ForwardCrossAttention",
     "FullAttention",
+    "GroupedQueryAttention",
     "HeadGates",
     "KMeansRoutingAttention",
     "NeighborhoodAttention2d",
@@ -28,5 +30,7 @@ __all__ = [
     "attention_maps",
     "auxiliary_losses",
     "checkpoint_attention",
+    "group_heads",
+    "to_gqa",
     "vary_windows",
 ]

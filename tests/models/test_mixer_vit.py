@@ -1,0 +1,59 @@
+"""The frame of token mixers, with every mixer: sizes, batch mates, gradients, and the exported file."""
+import pytest
+import timm
+import torch
+
+from visionattn import export
+from visionattn.layers import auxiliary_losses
+from visionattn.models.mixer_vit import MIXERS
+
+OPTIONS = {  # of mixers that need some for maps as small as these
+    "agent": {"agents": 3}, "neighborhood": {"kernel_size": 3}, "routed": {"n_win": 3, "topk": 2},
+}
+
+
+def make(mixer, depth=2, **options):
+    torch.manual_seed(0)
+    return timm.create_model(
+        "test_mixer_vit", num_classes=5, depth=depth, mixer=mixer, mixer_args=OPTIONS.get(mixer, {}) | options).eval()
+
+
+def images(batch=1, height=40, width=56, seed=1):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_an_image_does_not_depend_on_its_batch_mates(mixer):
+    model = make(mixer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = images(3)
+        together = model(x)
+        torch.testing.assert_close(together, torch.cat([model(image[None]) for image in x]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(torch.cat([x[:1], 9 * x[1:]]))[:1], together[:1], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(together[0], together[1])
+        assert model(images(1, 17, 100)).isfinite().all()  # 3 x 13 patches, the last ones padded
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_all_that_a_mixer_has_learns(mixer):
+    model = make(mixer).train()
+    (model(images(2)).square().sum() + sum(auxiliary_losses(model).values())).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.any(), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_exported_file_agrees_with_eager(mixer, tmp_path):
+    report = export.export_onnx(make(mixer, depth=1), tmp_path / "model.onnx", (40, 56))
+    assert report.difference <= 1e-4
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"mixer must be one of full, gqa, .* got 'fast'"):
+        make("fast")
+    with pytest.raises(ValueError, match="mixer_args do not fit mixer 'full': .* unexpected keyword argument 'window'"):
+        make("full", window=7)
