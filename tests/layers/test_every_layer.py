@@ -20,7 +20,9 @@ from visionattn.layers import (
     GroupedQueryAttention,
     HeadGates,
     KMeansRoutingAttention,
+    LongRangeAttention,
     NeighborhoodAttention2d,
+    TokenMerging,
     VariedSizeWindowAttention,
     auxiliary_losses,
 )
@@ -46,6 +48,8 @@ LAYERS = {
     "grouped": lambda: GroupedQueryAttention(12, 6, 2, **D),
     "kmeans": lambda: KMeansRoutingAttention(12, 2, 4, **D),
     "kmeans, capacity": lambda: KMeansRoutingAttention(12, 2, 4, assignment="capacity", **D),
+    "long range": lambda: LongRangeAttention(12, 2, **D),
+    "merging": lambda: TokenMerging(12, **D),
     "neighborhood": lambda: NeighborhoodAttention2d(12, 2, 3, **D),
     "neighborhood, padded": lambda: NeighborhoodAttention2d(12, 2, 3, dilation=3, **D),
     "varied window": lambda: VariedSizeWindowAttention(12, 2, (3, 5), **D),

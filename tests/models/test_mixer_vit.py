@@ -45,6 +45,22 @@ def test_all_that_a_mixer_has_learns(mixer):
         assert parameter.grad.any(), key
 
 
+def test_merged_tokens():
+    """Maps of several strides, by default those of each stride, of odd sizes too; every block learns."""
+    options = dict(img_size=64, mixer="maelre", mixer_args={"switch": 20}, depth=3, merge_after=(1, 2))
+    backbone = timm.create_model("test_mixer_vit", features_only=True, **options)
+    assert backbone.feature_info.reduction() == [8, 16, 32]
+    assert [x.shape[1:] for x in backbone(images())] == [(48, 5, 7), (48, 3, 4), (48, 2, 2)]
+    model = timm.create_model("test_mixer_vit", **options).train()
+    assert not model.blocks[1].merge.score.any()
+    model(images(2)).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+    model.set_grad_checkpointing()
+    torch.jit.script(model)
+    with pytest.raises(ValueError, match=r"merge_after must be ascending numbers of 1 to 2, got \[2, 1\]"):
+        timm.create_model("test_mixer_vit", merge_after=(2, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_exported_file_agrees_with_eager(mixer, tmp_path):

@@ -9,6 +9,7 @@ from .checkpointing import checkpoint_attention
 from .forward_cross import ForwardCrossAttention
 from .gqa import GroupedQueryAttention, group_heads, to_gqa
 from .kmeans_routing import KMeansRoutingAttention
+from .maelre import LongRangeAttention, TokenMerging
 from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
 from .varied_window import VariedSizeWindowAttention, vary_windows
@@ -25,7 +26,9 @@ __all__ = [
     "GroupedQueryAttention",
     "HeadGates",
     "KMeansRoutingAttention",
+    "LongRangeAttention",
     "NeighborhoodAttention2d",
+    "TokenMerging",
     "VariedSizeWindowAttention",
     "attention_maps",
     "auxiliary_losses",

@@ -4,7 +4,7 @@ The frame is this project's own: patches, learned positions, pre-norm blocks of 
 tokens. What a mixer's paper, code and licence are, and what of it is this project's own, stands in
 docs/models/mixer_vit.md.
 """
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,14 @@ from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..layers import AgentAttention, BiLevelRoutingAttention, GroupedQueryAttention, NeighborhoodAttention2d
+from ..layers import (
+    AgentAttention,
+    BiLevelRoutingAttention,
+    GroupedQueryAttention,
+    LongRangeAttention,
+    NeighborhoodAttention2d,
+    TokenMerging,
+)
 from ._backbone import Backbone
 from ._blocks import Block
 from ._builder import build_model, cfg
@@ -35,11 +42,26 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "agent": _agent,
     "routed": lambda dim, heads, grid, **options: BiLevelRoutingAttention(dim, heads, **options),
     "neighborhood": lambda dim, heads, grid, **options: NeighborhoodAttention2d(dim, heads, **options),
+    "maelre": lambda dim, heads, grid, **options: LongRangeAttention(dim, heads, **options),
 }
 
 
+class MergingBlock(Block):
+    """:class:`Block` on a map whose tokens are merged before it; takes the same arguments."""
+
+    def __init__(self, dim: int, *args: Any, device=None, dtype=None, **kwargs: Any):
+        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+        self.merge = TokenMerging(dim, device=device, dtype=dtype)
+
+    def branches(self, x: Tensor) -> Tensor:
+        """What the block computes."""
+        x = self.merge(x)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
 class MixerViT(Backbone):
-    """Pre-norm blocks of a token mixer and a perceptron on one map of patches.
+    """Pre-norm blocks of a token mixer and a perceptron on one map of patches, whose tokens may be merged on the way.
 
     Images of any size: those that the patches do not divide are padded with zeros at the bottom and the right, and the
     positions are interpolated (bicubic).
@@ -55,6 +77,7 @@ class MixerViT(Backbone):
         num_heads: Heads per block.
         mixer: What mixes the tokens, a key of :data:`MIXERS`.
         mixer_args: Options of the mixer: arguments of its layer.
+        merge_after: Numbers of blocks, from 1 on, after which cells of 2 x 2 tokens become one, in ascending order.
         mlp_ratio: Width of the perceptrons' hidden layer, in ``embed_dim``.
         drop_rate: Dropout rate before the classifier.
         proj_drop_rate: Dropout rate in the perceptrons.
@@ -63,7 +86,7 @@ class MixerViT(Backbone):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: There is no such mixer, or its options do not fit.
+        ValueError: There is no such mixer, its options do not fit, or there are no such blocks to merge after.
     """
 
     parts = "blocks"
@@ -81,6 +104,7 @@ class MixerViT(Backbone):
             num_heads: int = 3,
             mixer: str = "full",
             mixer_args: Mapping[str, Any] | None = None,
+            merge_after: Sequence[int] = (),
             mlp_ratio: float = 4.,
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
@@ -91,10 +115,13 @@ class MixerViT(Backbone):
         super().__init__()
         if mixer not in MIXERS:
             raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+        if list(merge_after) != sorted(set(merge_after)) or not all(0 < after < depth for after in merge_after):
+            raise ValueError(f"merge_after must be ascending numbers of 1 to {depth - 1}, got {list(merge_after)}")
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
+        merges = [sum(after <= i for after in merge_after) for i in range(depth)]  # before or in each block
         self.feature_info = [
-            dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]
+            dict(num_chs=embed_dim, reduction=patch_size * 2 ** merges[i], module=f"blocks.{i}") for i in range(depth)]
         height, width = to_2tuple(img_size)
         grid = -(-height // patch_size), -(-width // patch_size)
         self.patch_embed = PatchEmbed(
@@ -102,11 +129,15 @@ class MixerViT(Backbone):
             strict_img_size=False, dynamic_img_pad=True, **dd)
         self.pos_embed = PositionEmbedding(embed_dim, grid, mode="bicubic", **dd)
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(*[
-            Block(
-                embed_dim, _make(mixer, embed_dim, num_heads, grid, mixer_args, dd), mlp_ratio,
-                proj_drop=proj_drop_rate, drop_path=rate, norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
-            for rate in drop_paths])
+
+        def block(i: int) -> nn.Module:
+            size = -(-grid[0] // 2 ** merges[i]), -(-grid[1] // 2 ** merges[i])
+            make = MergingBlock if i in merge_after else Block
+            return make(
+                embed_dim, _make(mixer, embed_dim, num_heads, size, mixer_args, dd), mlp_ratio,
+                proj_drop=proj_drop_rate, drop_path=drop_paths[i], norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
+
+        self.blocks = nn.Sequential(*[block(i) for i in range(depth)])
         self.finish(embed_dim, num_classes, global_pool, drop_rate, norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
 
     @torch.jit.ignore
@@ -120,7 +151,7 @@ class MixerViT(Backbone):
         return (x.flatten(1, 2) + self.pos_embed(x.shape[1], x.shape[2])).reshape(x.shape)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Last map after the final norm, ``[batch, height / patch_size, width / patch_size, embed_dim]``."""
+        """Last map after the final norm, ``[batch, height, width, embed_dim]``."""
         return self.norm(self.blocks(self.first_map(x)))
 
 
@@ -147,9 +178,13 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> MixerViT:
-    feature_cfg = dict(out_indices=3, feature_cls="getter")  # the last three blocks, as of timm's vision transformers
+    kwargs = defaults | kwargs
+    out_indices: Any = 3  # the last three blocks, as of timm's vision transformers
+    if kwargs.get("merge_after"):
+        out_indices = tuple(after - 1 for after in kwargs["merge_after"]) + (kwargs.get("depth", 12) - 1,)
     return build_model(
-        MixerViT, variant, pretrained, pretrained_filter_fn=same_names, feature_cfg=feature_cfg, **defaults | kwargs)
+        MixerViT, variant, pretrained, pretrained_filter_fn=same_names,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs)
 
 
 @register_model
