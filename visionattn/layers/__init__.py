@@ -7,6 +7,7 @@ from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
 from .checkpointing import checkpoint_attention
 from .forward_cross import ForwardCrossAttention
+from .gaam import GaussianAdaptiveAttention, gaam
 from .gqa import GroupedQueryAttention, group_heads, to_gqa
 from .kmeans_routing import KMeansRoutingAttention
 from .maelre import LongRangeAttention, TokenMerging
@@ -23,6 +24,7 @@ __all__ = [
     "CosineAttention",
     "ForwardCrossAttention",
     "FullAttention",
+    "GaussianAdaptiveAttention",
     "GroupedQueryAttention",
     "HeadGates",
     "KMeansRoutingAttention",
@@ -33,6 +35,7 @@ __all__ = [
     "attention_maps",
     "auxiliary_losses",
     "checkpoint_attention",
+    "gaam",
     "group_heads",
     "to_gqa",
     "vary_windows",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..layers import (
     AgentAttention,
     BiLevelRoutingAttention,
+    GaussianAdaptiveAttention,
     GroupedQueryAttention,
     LongRangeAttention,
     NeighborhoodAttention2d,
@@ -43,14 +44,15 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "routed": lambda dim, heads, grid, **options: BiLevelRoutingAttention(dim, heads, **options),
     "neighborhood": lambda dim, heads, grid, **options: NeighborhoodAttention2d(dim, heads, **options),
     "maelre": lambda dim, heads, grid, **options: LongRangeAttention(dim, heads, **options),
+    "gaam": lambda dim, heads, grid, **options: GaussianAdaptiveAttention(dim, heads, **options),
 }
 
 
 class MergingBlock(Block):
     """:class:`Block` on a map whose tokens are merged before it; takes the same arguments."""
 
-    def __init__(self, dim: int, *args: Any, device=None, dtype=None, **kwargs: Any):
-        super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, *, device=None, dtype=None, **kwargs: Any):
+        super().__init__(dim, attn, mlp_ratio, device=device, dtype=dtype, **kwargs)
         self.merge = TokenMerging(dim, device=device, dtype=dtype)
 
     def branches(self, x: Tensor) -> Tensor:
