@@ -17,7 +17,6 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import visionattn
 from tests.models import test_families
-from visionattn.models import family_of
 
 NAMES = [name for family in visionattn.models.__all__ for name in timm.list_models(module=family)]
 TAGGED = [tagged for name in NAMES for tagged in timm.list_pretrained(f"{name}.*") or [name]]
@@ -31,6 +30,14 @@ def name(request):
 
 def family(name):
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def shape_of_features(model, size):
+    """What ``forward_features`` gives for one image whose last map has this height and width."""
+    fmt, channels = getattr(model, "output_fmt", "NCHW"), model.num_features
+    if fmt == "NLC":
+        return 1, model.num_prefix_tokens + size[0] * size[1], channels
+    return (1, *size, channels) if fmt == "NHWC" else (1, channels, *size)
 
 
 def size_of(model, target):
@@ -78,37 +85,38 @@ def test_model_backward(name):
 @pytest.mark.parametrize("tagged", TAGGED)
 @torch.no_grad()
 def test_model_default_cfgs(tagged):
+    """Sizes, widths and layer names are what the cfg says, at its input size, with and without classifier and pool."""
     with torch.device("meta"):
         model = timm.create_model(tagged).eval()
+        bare = timm.create_model(tagged, num_classes=0, global_pool="")
         cfg, keys, width = model.default_cfg, set(model.state_dict()), model.head_hidden_size
-        assert model.num_classes >= 0
+        assert model.num_classes == cfg["num_classes"] > 0
         assert model.num_features > 0
-        assert width > 0
-        x = torch.randn(1, *cfg["input_size"])
-        features = model.forward_features(x)
+        for layers in (cfg["classifier"], cfg["first_conv"]):
+            assert {f"{layer}.weight" for layer in ([layers] if isinstance(layers, str) else layers)} <= keys
+        assert model.get_classifier() is model.get_submodule(cfg["classifier"])
+        features = model.forward_features(torch.randn(1, *cfg["input_size"]))
+        expected = shape_of_features(model, cfg["pool_size"])
+        assert features.shape == expected
+        assert model.forward_head(features).shape == (1, model.num_classes)
         assert model.forward_head(features, pre_logits=True).shape == (1, width)
         model.reset_classifier(0)
+        assert model.num_classes == 0
         assert model.forward_head(features).shape == (1, width)
-        if len(family_of(tagged).strides(tagged)) > 1:  # of transformers of one resolution timm demands less
-            axes, spatial = {"NCHW": (1, (2, 3)), "NHWC": (3, (1, 2))}[getattr(model, "output_fmt", "NCHW")]
-            assert features.ndim == 4
-            assert features.shape[axes] == model.num_features
-            assert tuple(features.shape[axis] for axis in spatial) == cfg["pool_size"]
-            model.reset_classifier(0, "")
-            bare = timm.create_model(tagged, num_classes=0, global_pool="").eval()
-            assert model.forward_head(features).shape == bare(x).shape == features.shape
-    for key in ("classifier", "first_conv"):
-        layers = cfg[key] if isinstance(cfg[key], (tuple, list)) else [cfg[key]]
-        assert [layer for layer in layers if f"{layer}.weight" not in keys] == []
+        model.reset_classifier(0, "")
+        assert model.forward_head(features).shape == bare.forward_head(features).shape == expected
+        model.reset_classifier(5, "avg")
+        assert model.forward_head(features).shape == (1, 5)
 
 
 def test_model_forward_torchscript(name):
     with set_scriptable(True):
         model = create(name).eval()
-    x = torch.randn(2, *size_of(model, 128))
-    out = torch.jit.script(model)(x)
-    assert out.shape[0] == 2
-    assert out.isfinite().all()
+    scripted = torch.jit.script(model)
+    for x in (torch.randn(2, *size_of(model, 128)), torch.randn(1, 3, 37, 61)):
+        out = scripted(x)
+        assert out.isfinite().all()
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [None, "getter"], ids=["forward_features", "forward_intermediates_features"])

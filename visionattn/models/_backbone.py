@@ -92,6 +92,8 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Draws all parameters anew, e.g. after ``to_empty`` of a model that was built on the meta device."""
+        if next(self.parameters()).is_meta:
+            return  # nothing to draw, and half of the time that building takes
         self.apply(partial(self.init_module, needs_reset=needs_reset))
 
     @torch.jit.ignore
