@@ -1,12 +1,14 @@
 """Heads over a backbone's maps, where torchvision has none, and its detectors over such maps."""
 from .detector import build_detector
 from .fpn import FeaturePyramid
+from .probing import EfficientProbing, MultiHeadPooling, PooledHead, pool_tokens
 from .segformer import SegFormerHead, segformer_head_weights
 from .segmenter import Segmenter, multi_scale, sliding_window
 from .semantic_fpn import SemanticFPNHead
 from .upernet import FCNHead, PyramidPooling, UPerNetHead
 
 __all__ = [
-    "FCNHead", "FeaturePyramid", "PyramidPooling", "SegFormerHead", "Segmenter", "SemanticFPNHead", "UPerNetHead",
-    "build_detector", "multi_scale", "segformer_head_weights", "sliding_window",
+    "EfficientProbing", "FCNHead", "FeaturePyramid", "MultiHeadPooling", "PooledHead", "PyramidPooling",
+    "SegFormerHead", "Segmenter", "SemanticFPNHead", "UPerNetHead", "build_detector", "multi_scale", "pool_tokens",
+    "segformer_head_weights", "sliding_window",
 ]

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from ..heads.probing import Pooling, pool_tokens
 from ..layers import attention_maps, auxiliary_losses
 from ..runtime.engine import Meaning
 from ..runtime.say import say
@@ -97,6 +98,8 @@ class ClassificationTask(Task):
             ``balanced`` is then the ratio of their numbers.
         frozen: Train the head alone. What lies below is in eval mode, its batch norms keep their statistics.
         unfreeze_epochs: With ``frozen``: number of epochs in which the layers below are freed, from the head downwards.
+        pooling: A head of its own kind in place of the model's: ``ep`` (efficient probing, arXiv 2506.10178),
+            ``attention``, ``mean`` or ``token``, see :class:`visionattn.heads.PooledHead`; None for the model's.
 
     Attributes:
         thresholds: Of ``multi_label``: probability of each class from which on it is present.
@@ -146,6 +149,7 @@ class ClassificationTask(Task):
             class_weights: list[float] | Literal["balanced"] | None = None,
             frozen: bool = False,
             unfreeze_epochs: int | None = None,
+            pooling: Pooling | None = None,
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -157,7 +161,7 @@ class ClassificationTask(Task):
         args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
-        self.model = create_classifier(backbone, pretrained, checkpoint_path, args)
+        self.model = create_classifier(backbone, pretrained, checkpoint_path, args, pooling)
         if frozen:
             self.freezing = Freezing(self.model, below_head(self.model, backbone), unfreeze_epochs)
         self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
@@ -448,10 +452,23 @@ def _balanced(data: Any, multi_label: bool) -> Tensor:
     return torch.where(weights.isfinite() & (weights > 0), weights, 1.0)
 
 
-def create_classifier(backbone: str, pretrained: bool, checkpoint_path: str | None, args: dict[str, Any]) -> nn.Module:
-    """A timm model to train, fresh or with the weights of a source; ``args`` are of ``timm.create_model``."""
+def create_classifier(
+        backbone: str, pretrained: bool, checkpoint_path: str | None, args: dict[str, Any],
+        pooling: Pooling | None = None) -> nn.Module:
+    """A timm model to train, fresh or with the weights of a source.
+
+    Args:
+        backbone: Its name.
+        pretrained: With the published weights.
+        checkpoint_path: With the weights of this file.
+        args: Arguments of ``timm.create_model``.
+        pooling: Kind of the head that it has in place of its own.
+    """
     if ":" not in backbone:
         check_name(backbone)
+    if pooling is not None:
+        bare = create_classifier(backbone, pretrained, checkpoint_path, args | {"num_classes": 0})
+        return pool_tokens(bare, pooling, args["num_classes"])
     if checkpoint_path is None:
         return timm_model(backbone, pretrained=pretrained, **args)
     if pretrained:
@@ -462,6 +479,9 @@ def create_classifier(backbone: str, pretrained: bool, checkpoint_path: str | No
         if run["backbone"] != backbone:
             raise ValueError(f"{checkpoint_path} is of the model {run['backbone']}, not {backbone}")
         overlay |= {"num_classes": run["num_classes"], "input_size": (run.get("in_chans", 3), 224, 224)}
+        if run.get("pooling"):  # whose head stays behind
+            overlay |= {"num_classes": 0, "state_dict": {
+                key: value for key, value in state_dict.items() if not key.startswith("pooled_head.")}}
     elif ":" not in backbone:
         classes = classes_of(backbone, state_dict)
         overlay |= {} if classes is None else {"num_classes": classes}

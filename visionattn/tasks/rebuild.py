@@ -7,9 +7,9 @@ from typing import Any
 import timm
 from torch import nn
 
-from ..weights import check_name, fitting, read_checkpoint, timm_model
+from ..weights import fitting, read_checkpoint
 from .base import Task
-from .classification import ClassificationTask
+from .classification import ClassificationTask, create_classifier
 from .detection import DetectionTask
 from .segmentation import SegmentationTask
 
@@ -93,11 +93,9 @@ def _rebuilding(path: str | Path) -> Iterator[None]:
 
 def _classifier(run: dict[str, Any]) -> nn.Module:
     """The classifier of a run's hyper-parameters, with fresh weights."""
-    name = run["backbone"]
-    if ":" not in name:
-        check_name(name)
     args = {"num_classes": run["num_classes"], "in_chans": run.get("in_chans", 3)}
-    return timm_model(name, **args | (run.get("model_args") or {}))
+    return create_classifier(
+        run["backbone"], False, None, args | (run.get("model_args") or {}), run.get("pooling"))
 
 
 def _task(run: dict[str, Any], path: str | Path) -> Task:
