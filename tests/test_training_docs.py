@@ -60,7 +60,8 @@ def test_every_command_is_of_a_walk_or_of_a_large_data_set():
     walks = [*_commands("imagefolder_finetune"), *_commands("coco_finetune"), *_commands("VOC2012"),
              *_commands("folder_finetune")]
     assert [command[1] for command in walks].count("export") == 3
-    elsewhere = [["visionattn", "train", "photos"], ["visionattn", "bench", "train"]]  # run by test_readme, test_bench
+    elsewhere = [["visionattn", "train", "photos"], ["visionattn", "bench", "train"],  # run by test_readme, test_bench
+                 ["visionattn", "probe", "--model"]]  # and by test_probe
     for command in COMMANDS:
         if command not in walks and command[:3] not in elsewhere:
             assert command[:3] == ["visionattn", "fit", "--config"]

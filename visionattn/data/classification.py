@@ -129,11 +129,15 @@ class ClassificationData(LoadedData):
 
     def val_dataloader(self) -> DataLoader:
         """Validation images."""
-        return self._eval_loader(self._images(self.samples["val"], self.eval_transform))
+        return self.plain_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
         """Test images."""
-        return self._eval_loader(self._images(self.samples["test"], self.eval_transform))
+        return self.plain_dataloader("test")
+
+    def plain_dataloader(self, split: str) -> DataLoader:
+        """Images of ``train``, ``val`` or ``test`` in their order, as evaluation sees them."""
+        return self._eval_loader(self._images(self.samples[split], self.eval_transform))
 
     def predict_dataloader(self) -> DataLoader:
         """Images of ``predict_root`` (or the test images) with their path in place of the label."""
