@@ -14,6 +14,7 @@ from visionattn.ops import (
     BackendError,
     agent_attention,
     aggregated_attention,
+    flow_attention,
     kmeans_attention,
     neighborhood_attention,
     routed_attention,
@@ -119,6 +120,11 @@ def aggregated(
     return Call(aggregated_attention, tensors, {}, {"kernel_size": kernel_size})
 
 
+def flow(keys: int = 20, dtype: torch.dtype = torch.float64, **options) -> Call:
+    tensors = qkv(2, 20, 2, 8, dtype=dtype)
+    return Call(flow_attention, tensors | {name: tensors[name][:, :keys] for name in "kv"}, {}, options)
+
+
 CALLS = {
     "whole map": neighborhood(5, 5, kernel_size=5),
     "whole map, bias": neighborhood(5, 5, kernel_size=5, bias=True),
@@ -144,9 +150,12 @@ CALLS = {
     "varied windows, bias": varied(bias=True),
     "window and pooled keys": aggregated(5, 4, plain=True),
     "window and pooled keys, bias, weights": aggregated(4, 6, kernel_size=5),
+    "flow": flow(keys=13, eps_of_sums=True),
+    "flow, causal": flow(is_causal=True),
 }
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
-        agent_attention: "fused", varied_window_attention: "sampled", aggregated_attention: "shifted"}
+        agent_attention: "fused", varied_window_attention: "sampled", aggregated_attention: "shifted",
+        flow_attention: "linear"}
 SHARED = ("bias", "memory")  # what has no batch
 WIDE = ("agent_bias", "query_bias", "bias", "local_bias", "pooled_bias", "route_weights", "offset",
         "stretch")  # what autocast leaves as it is
@@ -418,6 +427,8 @@ def test_a_value_that_is_no_number_stays_where_it_is_seen(call, where, value):
     """In whatever backend, the queries that do not attend to it get what they got without it."""
     if call.options.get("mask_self") and where == "k":
         pytest.skip("a key that is no number is felt by its own token, too")
+    if call.op is flow_attention and call.options.get("is_causal"):
+        pytest.skip("felt by earlier queries of its chunk")
     call = call.to(torch.float32)
     tensors = call.tensors | {where: call.tensors[where].clone()}
     tensors[where].flatten(1, -3)[0, 3, 1, 2] = value  # image 0, a token, head 1, a channel

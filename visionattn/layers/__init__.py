@@ -6,6 +6,7 @@ from .auxiliary import AuxiliaryLosses, auxiliary_losses
 from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
 from .checkpointing import checkpoint_attention
+from .flow import FlowAttention
 from .forward_cross import ForwardCrossAttention
 from .gaam import GaussianAdaptiveAttention, gaam
 from .gqa import GroupedQueryAttention, group_heads, to_gqa
@@ -22,6 +23,7 @@ __all__ = [
     "BiLevelRoutingAttention",
     "CascadedGroupAttention",
     "CosineAttention",
+    "FlowAttention",
     "ForwardCrossAttention",
     "FullAttention",
     "GaussianAdaptiveAttention",

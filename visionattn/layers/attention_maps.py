@@ -41,7 +41,8 @@ def attention_maps(model: nn.Module, last: bool = False) -> Iterator[list[Tensor
     * Attention of ours to few of the keys (neighborhood, routed, k-means and others) gives whole maps, 0 for keys that
       a query does not see: ``tokens ** 2`` numbers a head. Agent attention gives the product of its two softmaxes, a
       window of variable size what its samples take from each token. In aggregated attention the pooled keys come after
-      the map's. In k-means routing rows are means over a query's clusters, 0 for a query of none.
+      the map's. In k-means routing rows are means over a query's clusters, 0 for a query of none. Flow attention gives
+      what it weighs the values by, rows of which do not sum to one.
     * Cascaded group attention computes head after head: each is a map with one head.
 
     The thread that enters the context records what it runs itself, so several threads may do so with one model. Within

@@ -4,6 +4,7 @@ from .agent import AgentProblem, agent_attention, pool_agents
 from .aggregated import AggregatedProblem, aggregated_attention
 from .case import Case
 from .dispatch import BackendError, cases, explain, use_backend
+from .flow import FlowProblem, flow_attention
 from .kept import held_bytes, release_memory
 from .kmeans import KMeansProblem, kmeans_attention
 from .neighborhood import NeighborhoodProblem, neighborhood_attention
@@ -11,10 +12,10 @@ from .routed import RoutedProblem, routed_attention
 from .varied_window import VariedWindowProblem, varied_window_attention
 
 __all__ = [
-    "AgentProblem", "AggregatedProblem", "BackendError", "Case", "KMeansProblem", "NeighborhoodProblem",
-    "RoutedProblem", "VariedWindowProblem", "agent_attention", "aggregated_attention", "cases", "explain", "held_bytes",
-    "kmeans_attention", "neighborhood_attention", "pool_agents", "release_memory", "routed_attention", "use_backend",
-    "varied_window_attention",
+    "AgentProblem", "AggregatedProblem", "BackendError", "Case", "FlowProblem", "KMeansProblem",
+    "NeighborhoodProblem", "RoutedProblem", "VariedWindowProblem", "agent_attention", "aggregated_attention", "cases",
+    "explain", "flow_attention", "held_bytes", "kmeans_attention", "neighborhood_attention", "pool_agents",
+    "release_memory", "routed_attention", "use_backend", "varied_window_attention",
 ]
 
 dispatch.read_environment()
