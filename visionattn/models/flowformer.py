@@ -155,7 +155,7 @@ def _first_map(img_size: int | Grid) -> Grid:
     return -(-height // 4), -(-width // 4)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Renames the authors' entries to ours (ours stay); positions of square images are fitted to the model's size."""
     rules: list[tuple[str, Any]] = [
         (r"^patch_embed\.0\.", "patch_embed."),
@@ -170,7 +170,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         for pattern, new in rules if not name.startswith("stages.") else []:
             name = re.sub(pattern, new, name)
         renamed[name] = x
-    table, size = renamed.get("pos_embed.table"), model.pos_embed.size  # type: ignore[union-attr]
+    table, size = renamed.get("pos_embed.table"), model.pos_embed.size
     if table is not None and table.ndim == 3 and table.shape[1] != math.prod(size):
         side = math.isqrt(table.shape[1])
         if side * side == table.shape[1]:
@@ -179,11 +179,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return cfg(**dict(
+    return cfg(
         first_conv="patch_embed.proj", classifier="head.fc", license="mit", crop_pct=0.9,
         origin_url="https://github.com/thuml/Flowformer", paper_ids="arXiv:2202.06258",
-        paper_name="Flowformer: Linearizing Transformers with Conservation Flows",
-    ) | kwargs)
+        paper_name="Flowformer: Linearizing Transformers with Conservation Flows", **kwargs)
 
 
 default_cfgs = generate_default_cfgs({

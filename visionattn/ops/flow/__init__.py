@@ -13,7 +13,10 @@ from .cases import CASES, FlowProblem
 
 __all__ = ["FlowProblem", "flow_attention"]
 
-_op = Op("flow_attention", [Backend("linear", any_problem, linear.run), Backend("naive", any_problem, naive.run)], CASES)
+_op = Op("flow_attention", [
+    Backend("linear", any_problem, linear.run),
+    Backend("naive", any_problem, naive.run),
+], CASES)
 
 
 def flow_attention(
@@ -26,9 +29,9 @@ def flow_attention(
 ) -> Tensor:
     """Flow attention, head by head.
 
-    With sigmoids of q and k as capacities, the flow between query i and key j is ``q_i . k_j``. What leaves a key is
-    normed to one and tells how much a query receives (``cs``); what a query receives is normed to one and tells how much
-    a key gives away (``cr``, cut at 1)::
+    With sigmoids of q and k as capacities, the flow between query i and key j is ``q_i . k_j``, and ``in_i`` is its sum
+    over the keys. What leaves a key is normed to one and tells how much a query receives (``cs``); what a query
+    receives is normed to one and tells how much a key gives away (``cr``, cut at 1)::
 
         out_i = sigmoid(cs_i * queries / keys) * sum_j (q_i . k_j / in_i) * (keys * softmax_j(cr_j)) * v_j
 

@@ -15,8 +15,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, eps_of_sums: bool) -> 
     """The public function with every argument explicit."""
     dtype, more = q.dtype, EPS if eps_of_sums else 0.
     # Tokens of a head side by side: queries and keys are read several times.
-    q, k = (x.to(torch.promote_types(dtype, torch.float32)).transpose(1, 2).clone(memory_format=torch.contiguous_format).sigmoid_() for x in (q, k))
-    v = v.to(q.dtype).transpose(1, 2)
+    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)).transpose(1, 2) for x in (q, k, v))
+    q, k = (x.clone(memory_format=torch.contiguous_format).sigmoid_() for x in (q, k))
     return (_causal if is_causal else _whole)(q, k, v, more).transpose(1, 2).to(dtype)
 
 
