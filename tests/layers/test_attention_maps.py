@@ -84,14 +84,15 @@ def test_maps_of_our_models(name):
     assert torch.allclose(last[0], maps[-1], atol=1e-6)
     assert not last[0].requires_grad
     sampled = "vsa" in name  # which takes less from samples beside the map
+    flows = "flowformer" in name  # whose weights are no probabilities
     for found in maps:
         assert found.ndim == 4
         assert found.requires_grad
         sums = found.sum(dim=-1)
         assert (found >= -1e-6).all()
         unseen = (sums == 0) if "routing" in name else torch.zeros_like(sums, dtype=torch.bool)
-        assert (sums <= 1 + 1e-5).all()
-        assert sampled or (unseen | ((sums - 1).abs() < 1e-4)).all()
+        assert flows or (sums <= 1 + 1e-5).all()
+        assert flows or sampled or (unseen | ((sums - 1).abs() < 1e-4)).all()
 
 
 def test_what_a_model_without_attention_is_told():
