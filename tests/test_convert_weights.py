@@ -25,6 +25,7 @@ OFFICIAL = {  # model: golden file with the layout of the authors' state dict
     "agent_pvt_t": "agent_pvt_t",
     "agent_swin_t": "agent_swin_t",
     "agent_cswin_t": "agent_cswin_t",
+    "fan_tiny_8_p4_hybrid": "fan_tiny_8_p4_hybrid",
     "smt_t": "smt_t",
     "vitaev2_vsa_s": "vitaev2_vsa_s",
     "transnext_micro": "transnext_micro",

@@ -106,5 +106,5 @@ def _family(name: str) -> str:
 
 def _line(widths: tuple[int, int], name: str, *cells: str) -> str:
     parameters, gmacs, image, top1, licence, family, weights = cells
-    return (f"{name:<{widths[0]}}  {parameters:>10}  {gmacs:>6}  {image:>9}  {top1:>6}  {licence:<12}  "
+    return (f"{name:<{widths[0]}}  {parameters:>10}  {gmacs:>6}  {image:>9}  {top1:>6}  {licence:<14}  "
             f"{family:<{widths[1]}}  {weights}")

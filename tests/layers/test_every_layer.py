@@ -24,6 +24,7 @@ from visionattn.layers import (
     KMeansRoutingAttention,
     LongRangeAttention,
     NeighborhoodAttention2d,
+    TokenAwarePooling,
     TokenMerging,
     VariedSizeWindowAttention,
     auxiliary_losses,
@@ -56,6 +57,7 @@ LAYERS = {
     "merging": lambda: TokenMerging(12, **D),
     "neighborhood": lambda: NeighborhoodAttention2d(12, 2, 3, **D),
     "neighborhood, padded": lambda: NeighborhoodAttention2d(12, 2, 3, dilation=3, **D),
+    "token pooling": lambda: TokenAwarePooling(12, 3, **D),
     "varied window": lambda: VariedSizeWindowAttention(12, 2, (3, 5), **D),
     "varied window, padded": lambda: VariedSizeWindowAttention(12, 2, 4, dim_out=8, rules="vitae_dense", **D),
     "cascaded": lambda: CascadedGroupAttention(12, 2, window_size=3, **D),
@@ -219,7 +221,7 @@ def test_second_derivatives(name, layer):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_empty_batch(name, layer, training):
-    if training and name.startswith(("conv", "norm", "cascaded")):
+    if training and name.startswith(("conv", "norm", "cascaded", "token")):
         pytest.skip("PyTorch's batch norm refuses to learn from nothing")
     layer.train(training)
     shape = layer(images(name)).shape[1:]

@@ -46,11 +46,10 @@ def images(batch: int = 1, height: int = PIXELS, width: int = PIXELS, seed: int 
 
 
 def as_nchw(model: nn.Module, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Features in the model's own format as maps, without class tokens."""
-    fmt = getattr(model, "output_fmt", "NCHW")
-    if fmt == "NLC":
-        return x[:, model.num_prefix_tokens:].mT.unflatten(2, size)
-    return x.permute(0, 3, 1, 2) if fmt == "NHWC" else x
+    """Features in the model's own format as maps, without class tokens; parts before these may hand on maps."""
+    if x.ndim == 3:
+        return x[:, -size[0] * size[1]:].mT.unflatten(2, size)
+    return x if getattr(model, "output_fmt", "NCHW") == "NCHW" else x.permute(0, 3, 1, 2)
 
 
 def weight(layer: str | tuple[str, ...]) -> list[str]:

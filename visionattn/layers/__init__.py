@@ -14,6 +14,7 @@ from .kmeans_routing import KMeansRoutingAttention
 from .maelre import LongRangeAttention, TokenMerging
 from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
+from .token_pooling import TokenAwarePooling
 from .varied_window import VariedSizeWindowAttention, vary_windows
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "KMeansRoutingAttention",
     "LongRangeAttention",
     "NeighborhoodAttention2d",
+    "TokenAwarePooling",
     "TokenMerging",
     "VariedSizeWindowAttention",
     "attention_maps",

@@ -9,7 +9,7 @@ from torch.nn.modules import module as modules
 
 from ..ops.sdpa import sdpa
 
-__all__ = ["attend", "unseen"]
+__all__ = ["SelfAttention", "attend", "unseen"]
 
 
 @register_notrace_function
@@ -21,6 +21,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor] = None) -> Te
     if torch.jit.is_scripting():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return sdpa(q, k, v, mask)
+
+
+class SelfAttention(nn.Module):
+    """Attention of all tokens of a map to all, without a word on where they are.
+
+    Args:
+        dim: Channels.
+        num_heads: Divides ``dim``.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} must divide dim {dim}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, height, width, dim]`` to the same."""
+        B, H, W, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self.mix(q, k, v).transpose(1, 2).reshape(B, H, W, C))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention of ``q, k, v [batch, heads, tokens, head_dim]``, before the output projection."""
+        return attend(q, k, v)
 
 
 @register_notrace_function

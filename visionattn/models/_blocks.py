@@ -1,6 +1,7 @@
 """Blocks of transformers on maps and on tokens, and stages of them, for any family."""
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerScale, Mlp
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..layers.checkpointing import checkpointed
 from ..layers.full import unseen
 
-__all__ = ["BaseBlock", "Block", "ConvEmbedding", "Perceptron", "Stage", "TokenBlock"]
+__all__ = ["BaseBlock", "Block", "ConvBlock", "ConvEmbedding", "Perceptron", "Stage", "TokenBlock"]
 
 
 class Perceptron(Mlp):
@@ -45,6 +46,43 @@ class BaseBlock(nn.Module):
     def branches(self, x: Tensor) -> Tensor:
         """What the block computes."""
         raise NotImplementedError
+
+
+class ConvBlock(BaseBlock):
+    """ConvNeXt's block on maps ``[B, H, W, dim]``: depthwise convolution, norm and perceptron beside a shortcut.
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Width of the perceptron's hidden layer, in ``dim``.
+        layer_scale: Initial value of a learnt factor per channel on the branch.
+        drop_path: Rate at which a sample skips the branch in training.
+        norm_layer: Makes the norm: ``norm_layer(dim)``.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            mlp_ratio: float,
+            layer_scale: float,
+            drop_path: float = 0.,
+            norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd: Any = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, **dd)
+        self.norm = norm_layer(dim, **dd)
+        self.mlp = Perceptron(dim, int(dim * mlp_ratio), **dd)
+        self.ls = LayerScale(dim, layer_scale, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def branches(self, x: Tensor) -> Tensor:
+        """What the block computes."""
+        y = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.drop_path(self.ls(self.mlp(self.norm(y))))
 
 
 class Block(BaseBlock):

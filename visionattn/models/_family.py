@@ -66,7 +66,7 @@ class Family:
         published: Figures of the trained models with the classes of ImageNet-1k, by registered name.
         peers: What to time the family beside.
         dense_args: ``dense_args(variant, task)``: the arguments of a registered model that its authors change for
-            ``"detection"`` or ``"segmentation"``; they change no weight.
+            ``"detection"`` or ``"segmentation"``; they change no weight that a classifier has.
         dense_norm: The norms of the authors' dense backbones, None for none.
         checkpoint_filter_fn: Renames the entries of the authors' checkpoints to ours and leaves ours as they are.
         reductions: Strides of the maps on the image, in pixels; a single one for models of one resolution. A function

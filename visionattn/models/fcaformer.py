@@ -30,30 +30,12 @@ from ..layers.forward_cross import resize_offsets
 from ..layers.scripting import unscripted
 from ..ops.dispatch import numbers
 from ._backbone import Backbone, stage_levels
-from ._blocks import BaseBlock, Perceptron, Stage
+from ._blocks import ConvBlock, Perceptron, Stage
 from ._builder import build_model, cfg
 from ._family import DenseNorm, Family, Peer
 from ._tables import Grid
 
 __all__ = ["FcaFormer"]
-
-
-class ConvBlock(BaseBlock):
-    """ConvNeXt's block on maps ``[B, H, W, dim]``: depthwise convolution, norm and perceptron beside a shortcut."""
-
-    def __init__(self, dim: int, mlp_ratio: float, layer_scale: float, drop_path: float, device=None, dtype=None):
-        super().__init__()
-        dd: Any = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Perceptron(dim, int(dim * mlp_ratio), **dd)
-        self.ls = LayerScale(dim, layer_scale, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-
-    def branches(self, x: Tensor) -> Tensor:
-        """What the block computes."""
-        y = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.drop_path(self.ls(self.mlp(self.norm(y))))
 
 
 @register_notrace_module
