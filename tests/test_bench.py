@@ -184,7 +184,7 @@ def test_backends_shows_every_op(capsys):
     assert main(["backends"]) == 0
     table = capsys.readouterr().out
     for op in ("neighborhood_attention", "routed_attention", "kmeans_attention", "agent_attention",
-               "varied_window_attention", "aggregated_attention", "flow_attention"):
+               "varied_window_attention", "aggregated_attention", "flow_attention", "combiner_attention"):
         rows = rows_of(table, op)
         assert len(rows) == 8
         assert all(list(row.values()).count("chosen") == 1 and row["naive"] == "yes" for row in rows)

@@ -68,6 +68,19 @@ def test_exported_file_agrees_with_eager(mixer, tmp_path):
     assert report.difference <= 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [{"window_size": 3}, {"pattern": "fixed", "segment": 8}, {"pattern": "mixture"}])
+@torch.no_grad()
+def test_exported_file_of_free_sizes(pattern, tmp_path):
+    import onnxruntime
+
+    model = make("combiner", depth=1, **pattern)
+    report = export.export_onnx(model, tmp_path / "model.onnx", (64, 96), dynamic_size=True)
+    x = images(2, 96, 160)
+    found, = onnxruntime.InferenceSession(report.path).run(None, {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"mixer must be one of full, gqa, .* got 'fast'"):
         make("fast")

@@ -14,6 +14,7 @@ from visionattn.ops import (
     BackendError,
     agent_attention,
     aggregated_attention,
+    combiner_attention,
     flow_attention,
     kmeans_attention,
     neighborhood_attention,
@@ -125,6 +126,10 @@ def flow(keys: int = 20, dtype: torch.dtype = torch.float64, **options) -> Call:
     return Call(flow_attention, tensors | {name: tensors[name][:, :keys] for name in "kv"}, {}, options)
 
 
+def combiner(*size: int, dtype: torch.dtype = torch.float64, **options) -> Call:
+    return Call(combiner_attention, qkv(2, *size, 2, 8, dtype=dtype), {}, options)
+
+
 CALLS = {
     "whole map": neighborhood(5, 5, kernel_size=5),
     "whole map, bias": neighborhood(5, 5, kernel_size=5, bias=True),
@@ -152,10 +157,13 @@ CALLS = {
     "window and pooled keys, bias, weights": aggregated(4, 6, kernel_size=5),
     "flow": flow(keys=13, eps_of_sums=True),
     "flow, causal": flow(is_causal=True),
+    "combined windows": combiner(5, 4, window_size=(2, 3)),
+    "combined axes": combiner(3, 4, pattern="axial"),
+    "combined lines": combiner(3, 4, pattern="mixture"),
 }
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
         agent_attention: "fused", varied_window_attention: "sampled", aggregated_attention: "shifted",
-        flow_attention: "linear"}
+        flow_attention: "linear", combiner_attention: "blocked"}
 SHARED = ("bias", "memory")  # what has no batch
 WIDE = ("agent_bias", "query_bias", "bias", "local_bias", "pooled_bias", "route_weights", "offset",
         "stretch")  # what autocast leaves as it is

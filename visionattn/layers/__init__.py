@@ -6,6 +6,7 @@ from .auxiliary import AuxiliaryLosses, auxiliary_losses
 from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
 from .checkpointing import checkpoint_attention
+from .combiner import CombinerAttention
 from .flow import FlowAttention
 from .forward_cross import ForwardCrossAttention
 from .gaam import GaussianAdaptiveAttention, gaam
@@ -23,6 +24,7 @@ __all__ = [
     "AuxiliaryLosses",
     "BiLevelRoutingAttention",
     "CascadedGroupAttention",
+    "CombinerAttention",
     "CosineAttention",
     "FlowAttention",
     "ForwardCrossAttention",

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..layers import (
     AgentAttention,
     BiLevelRoutingAttention,
+    CombinerAttention,
+    FlowAttention,
     GaussianAdaptiveAttention,
     GroupedQueryAttention,
     LongRangeAttention,
@@ -43,8 +45,10 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "agent": _agent,
     "routed": lambda dim, heads, grid, **options: BiLevelRoutingAttention(dim, heads, **options),
     "neighborhood": lambda dim, heads, grid, **options: NeighborhoodAttention2d(dim, heads, **options),
+    "flow": lambda dim, heads, grid, **options: FlowAttention(dim, heads, **options),
     "maelre": lambda dim, heads, grid, **options: LongRangeAttention(dim, heads, **options),
     "gaam": lambda dim, heads, grid, **options: GaussianAdaptiveAttention(dim, heads, **options),
+    "combiner": lambda dim, heads, grid, **options: CombinerAttention(dim, heads, **options),
 }
 
 
@@ -209,7 +213,11 @@ def test_mixer_vit(pretrained: bool = False, **kwargs: Any) -> MixerViT:  # noqa
 
 
 family = Family(
-    small={"test_mixer_vit": {}},
+    small={
+        "test_mixer_vit": {},
+        "mixer_vit_tiny": dict(  # windows of one size, which graphs of free image sizes need
+            patch_size=8, embed_dim=32, depth=3, num_heads=2, mixer="combiner", mixer_args={"window_size": 3}),
+    },
     peers=[Peer("mixer_vit_tiny", "vit_tiny_patch16_224")],
     reductions=lambda name: (8,) if name.startswith("test_") else (16,),
 )

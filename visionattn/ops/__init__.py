@@ -3,6 +3,7 @@ from . import dispatch
 from .agent import AgentProblem, agent_attention, pool_agents
 from .aggregated import AggregatedProblem, aggregated_attention
 from .case import Case
+from .combiner import CombinerProblem, combiner_attention
 from .dispatch import BackendError, cases, explain, use_backend
 from .flow import FlowProblem, flow_attention
 from .kept import held_bytes, release_memory
@@ -12,10 +13,10 @@ from .routed import RoutedProblem, routed_attention
 from .varied_window import VariedWindowProblem, varied_window_attention
 
 __all__ = [
-    "AgentProblem", "AggregatedProblem", "BackendError", "Case", "FlowProblem", "KMeansProblem",
+    "AgentProblem", "AggregatedProblem", "BackendError", "Case", "CombinerProblem", "FlowProblem", "KMeansProblem",
     "NeighborhoodProblem", "RoutedProblem", "VariedWindowProblem", "agent_attention", "aggregated_attention", "cases",
-    "explain", "flow_attention", "held_bytes", "kmeans_attention", "neighborhood_attention", "pool_agents",
-    "release_memory", "routed_attention", "use_backend", "varied_window_attention",
+    "combiner_attention", "explain", "flow_attention", "held_bytes", "kmeans_attention", "neighborhood_attention",
+    "pool_agents", "release_memory", "routed_attention", "use_backend", "varied_window_attention",
 ]
 
 dispatch.read_environment()
