@@ -16,6 +16,7 @@ from visionattn.layers import (
     CascadedGroupAttention,
     CombinerAttention,
     CosineAttention,
+    EfficientLocalAttention,
     FlowAttention,
     ForwardCrossAttention,
     FullAttention,
@@ -23,8 +24,10 @@ from visionattn.layers import (
     GroupedQueryAttention,
     HeadGates,
     KMeansRoutingAttention,
+    LittleBitAttention,
     LongRangeAttention,
     NeighborhoodAttention2d,
+    SubspaceAttention,
     TokenAwarePooling,
     TokenMerging,
     VariedSizeWindowAttention,
@@ -33,7 +36,7 @@ from visionattn.layers import (
 from visionattn.layers.conv_norm import ConvNorm, NormLinear
 
 D = dict(dtype=torch.float64)
-CHANNELS_FIRST = ("cascaded", "conv")
+CHANNELS_FIRST = ("cascaded", "conv", "gates")
 LAYERS = {
     "agent": lambda: AgentAttention(12, 2, (6, 5), agents=(3, 3), **D),
     "agent, another grid": lambda: AgentAttention(12, 2, (4, 4), agents=(3, 3), agent_grid=(4, 5), **D),
@@ -69,6 +72,10 @@ LAYERS = {
     "conv": lambda: ConvNorm(12, 12, 3, groups=12, shortcut=True, **D),
     "conv, pointwise": lambda: ConvNorm(12, 8, **D),
     "conv, fused": lambda: fill(ConvNorm(12, 8, **D)).fuse(),
+    "gates, local": lambda: EfficientLocalAttention(12, "S", **D),
+    "gates, local, separate": lambda: EfficientLocalAttention(12, "T", shared=False, **D),
+    "gates, norms, subspaces": lambda: SubspaceAttention(12, 3, **D),
+    "gates, little bit": lambda: LittleBitAttention(12, **D),
     "norm, linear": lambda: NormLinear(12, 5, **D),
 }
 
@@ -225,7 +232,7 @@ def test_second_derivatives(name, layer):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_empty_batch(name, layer, training):
-    if training and name.startswith(("conv", "norm", "cascaded", "token")):
+    if training and name.startswith(("conv", "norm", "cascaded", "token", "gates, norms")):
         pytest.skip("PyTorch's batch norm refuses to learn from nothing")
     layer.train(training)
     shape = layer(images(name)).shape[1:]

@@ -140,7 +140,7 @@ def test_forward_mode_along_parameters(name):
 
 def test_gradient_penalty(name):
     """The gradient of the squared length of the gradient is that of finite differences, of images and parameters."""
-    model, x, direction, step = double(name), doubles(1), doubles(1, seed=2), 1e-6
+    model, x, direction, step = double(name), doubles(1), doubles(1, seed=2), 1e-7  # too small to meet a ReLU's kink
     parameters = list(model.parameters())
     along = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
              for i, p in enumerate(parameters)]
@@ -335,7 +335,8 @@ def test_values_that_are_no_numbers_stay_in_their_image(name, value):
     x[1, 0, 10, 20] = value
     out = model(x)
     torch.testing.assert_close(out[::2], expected[::2])
-    assert not out[1].isfinite().all()
+    if "mobilenet" not in name or value != torch.inf:  # of which its ReLU6 makes 6
+        assert not out[1].isfinite().all()
 
 
 @torch.no_grad()

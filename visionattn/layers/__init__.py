@@ -6,6 +6,7 @@ from .auxiliary import AuxiliaryLosses, auxiliary_losses
 from .bilevel_routing import BiLevelRoutingAttention, FullAttention
 from .cascaded_group import CascadedGroupAttention
 from .checkpointing import checkpoint_attention
+from .cnn_attention import EfficientLocalAttention, LittleBitAttention, SubspaceAttention, attach_attention
 from .combiner import CombinerAttention
 from .flow import FlowAttention
 from .forward_cross import ForwardCrossAttention
@@ -26,6 +27,7 @@ __all__ = [
     "CascadedGroupAttention",
     "CombinerAttention",
     "CosineAttention",
+    "EfficientLocalAttention",
     "FlowAttention",
     "ForwardCrossAttention",
     "FullAttention",
@@ -33,11 +35,14 @@ __all__ = [
     "GroupedQueryAttention",
     "HeadGates",
     "KMeansRoutingAttention",
+    "LittleBitAttention",
     "LongRangeAttention",
     "NeighborhoodAttention2d",
+    "SubspaceAttention",
     "TokenAwarePooling",
     "TokenMerging",
     "VariedSizeWindowAttention",
+    "attach_attention",
     "attention_maps",
     "auxiliary_losses",
     "checkpoint_attention",
