@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from visionattn.cli import main as visionattn
 from visionattn.models import families
 
-__all__ = ["MODELS", "main", "measure", "write_table"]
+__all__ = ["MODELS", "main", "measure", "write_between", "write_table"]
 
 SEEDS = (0, 1, 2)
 PEERS = ("test_vit", "test_convnext", "test_resnet", "test_efficientnet")  # timm's, of as many parameters
@@ -78,9 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(name: str, seed: int, epochs: int, image_size: int) -> dict[str, Any]:
-    """The row of one training."""
-    options = _sized(name, MODELS[name], image_size)
+def measure(
+        name: str, seed: int, epochs: int, image_size: int, options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The row of one training of a model with these arguments, or with those of :data:`MODELS`."""
+    options = _sized(name, MODELS[name] if options is None else options, image_size)
     with torch.device("meta"):
         parameters = sum(x.numel() for x in timm.create_model(name, num_classes=10, **options).parameters())
     start = time.process_time()
@@ -115,8 +118,20 @@ def write_table(source: Path, page: Path) -> None:
         whose, count = "timm's " if name in PEERS else "", int(chosen[0]["parameters"])
         lines.append(f"| {whose}{name} | {count:,} | {len(chosen)} | {statistics.mean(shares):.1f} | "
                      f"{min(shares):.1f} to {max(shares):.1f} |")
-    before, _, rest = page.read_text().partition(START)
-    page.write_text(f"{before}{START}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.partition(END)[2]}")
+    write_between(page, START, END, lines)
+
+
+def write_between(page: Path, start: str, end: str, lines: Sequence[str]) -> None:
+    """Replaces what is between two marks of ``page``.
+
+    Raises:
+        ValueError: The page lacks the marks.
+    """
+    before, found, rest = page.read_text().partition(start)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"{page} needs the lines {start} and {end}")
+    page.write_text(f"{before}{start}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")
 
 
 def _sized(name: str, options: dict[str, Any], image_size: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from visionattn.layers import (
     SubspaceAttention,
     TokenAwarePooling,
     TokenMerging,
+    UnionOfExpertsAttention,
     VariedSizeWindowAttention,
     auxiliary_losses,
 )
@@ -48,7 +49,6 @@ LAYERS = {
     "aggregated, gates": lambda: AggregatedAttention(12, 2, 7, 2, gate=HeadGates(12, 2, 1, 1, **D), **D),
     "combiner": lambda: CombinerAttention(12, 2, **D),
     "combiner, axial": lambda: CombinerAttention(12, 2, "axial", **D),
-    "combiner, mixture": lambda: CombinerAttention(12, 2, "mixture", **D),
     "cosine": lambda: CosineAttention(12, 2, 7, **D),
     "cosine, interpolated": lambda: CosineAttention(12, 2, 7, bias_size=8, **D),
     "flow": lambda: FlowAttention(12, 2, **D),
@@ -65,6 +65,7 @@ LAYERS = {
     "neighborhood": lambda: NeighborhoodAttention2d(12, 2, 3, **D),
     "neighborhood, padded": lambda: NeighborhoodAttention2d(12, 2, 3, dilation=3, **D),
     "token pooling": lambda: TokenAwarePooling(12, 3, **D),
+    "union": lambda: UnionOfExpertsAttention(12, 3, topk=2, **D),
     "varied window": lambda: VariedSizeWindowAttention(12, 2, (3, 5), **D),
     "varied window, padded": lambda: VariedSizeWindowAttention(12, 2, 4, dim_out=8, rules="vitae_dense", **D),
     "cascaded": lambda: CascadedGroupAttention(12, 2, window_size=3, **D),

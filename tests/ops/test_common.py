@@ -158,7 +158,6 @@ CALLS = {
     "flow": flow(keys=13, eps_of_sums=True),
     "flow, causal": flow(is_causal=True),
     "combined windows": combiner(5, 4, window_size=(2, 3)),
-    "combined axes": combiner(3, 4, pattern="axial"),
     "combined lines": combiner(3, 4, pattern="mixture"),
 }
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",

@@ -17,6 +17,7 @@ from .maelre import LongRangeAttention, TokenMerging
 from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
 from .token_pooling import TokenAwarePooling
+from .uoe import UnionOfExpertsAttention
 from .varied_window import VariedSizeWindowAttention, vary_windows
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "SubspaceAttention",
     "TokenAwarePooling",
     "TokenMerging",
+    "UnionOfExpertsAttention",
     "VariedSizeWindowAttention",
     "attach_attention",
     "attention_maps",

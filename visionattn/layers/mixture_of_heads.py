@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .auxiliary import AuxiliaryLosses, in_backward
 from .scripting import unscripted
 
-__all__ = ["HeadGates"]
+__all__ = ["HeadGates", "balance_loss"]
 
 
 @register_notrace_module
@@ -78,7 +78,7 @@ class HeadGates(AuxiliaryLosses, nn.Module):
         probability = F.linear(x, self.routed).softmax(dim=-1)
         chosen = torch.zeros_like(probability).scatter(-1, probability.topk(self.topk, dim=-1).indices, 1)
         if self.training:
-            loss = self.loss_weight * _balance_loss(probability, chosen)
+            loss = self.loss_weight * balance_loss(probability, chosen)
             if not in_backward():  # gradient checkpointing comes a second time
                 self.keep_auxiliary_loss("head_balance", loss)
         routed = probability * chosen
@@ -94,7 +94,7 @@ class HeadGates(AuxiliaryLosses, nn.Module):
         return f"shared={self.shared_heads}, topk={self.topk}"
 
 
-def _balance_loss(probability: Tensor, chosen: Tensor) -> Tensor:
+def balance_loss(probability: Tensor, chosen: Tensor) -> Tensor:
     """``heads`` times the sum over heads of their mean probability times the share of tokens that chose them."""
     heads = probability.shape[-1]
     share = chosen.detach().flatten(0, -2).float().mean(dim=0).to(probability.dtype)

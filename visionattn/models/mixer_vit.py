@@ -23,6 +23,7 @@ from ..layers import (
     LongRangeAttention,
     NeighborhoodAttention2d,
     TokenMerging,
+    UnionOfExpertsAttention,
 )
 from ._backbone import Backbone
 from ._blocks import Block
@@ -47,6 +48,7 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "neighborhood": lambda dim, heads, grid, **options: NeighborhoodAttention2d(dim, heads, **options),
     "flow": lambda dim, heads, grid, **options: FlowAttention(dim, heads, **options),
     "maelre": lambda dim, heads, grid, **options: LongRangeAttention(dim, heads, **options),
+    "uoe": lambda dim, heads, grid, **options: UnionOfExpertsAttention(dim, heads, **options),
     "gaam": lambda dim, heads, grid, **options: GaussianAdaptiveAttention(dim, heads, **options),
     "combiner": lambda dim, heads, grid, **options: CombinerAttention(dim, heads, **options),
 }
