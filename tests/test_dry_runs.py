@@ -11,7 +11,8 @@ from visionattn.recipes import RECIPES
 
 LARGE = {  # one step of which takes long, and what is trained in place of them
     "dinat_large_384": "dinat_mini", "smt_l_384": "smt_t", "smt_l_22k": "smt_t", "agent_swin_b_384": "agent_swin_t",
-    "agent_cswin_b_384": "agent_cswin_t", "tap_fan_base_16_p4_hybrid": "test_tap_fan_hybrid"}
+    "agent_cswin_b_384": "agent_cswin_t", "tap_fan_base_16_p4_hybrid": "test_tap_fan_hybrid",
+    "tap_rvt_base_plus": "test_tap_rvt"}
 FOLDERS = {"ImageFolderData": "classes", "CsvData": "table", "CocoData": "coco", "YoloData": "yolo", "VocData": "voc"}
 FIXED = ("dhvt", "dinat_iso", "vitrpb")  # their images have one size
 

@@ -49,10 +49,10 @@ class SelfAttention(nn.Module):
         """``[batch, height, width, dim]`` to the same."""
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(self.mix(q, k, v).transpose(1, 2).reshape(B, H, W, C))
+        return self.proj(self.mix(q, k, v, H, W).transpose(1, 2).reshape(B, H, W, C))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention of ``q, k, v [batch, heads, tokens, head_dim]``, before the output projection."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        """The attention of ``q, k, v [batch, heads, height * width, head_dim]``, before the output projection."""
         return attend(q, k, v)
 
 

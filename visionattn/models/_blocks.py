@@ -4,13 +4,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import ClassifierHead, DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
+from ..layers import TokenAwarePooling
 from ..layers.checkpointing import checkpointed
 from ..layers.full import unseen
 
-__all__ = ["BaseBlock", "Block", "ConvBlock", "ConvEmbedding", "Perceptron", "Stage", "TokenBlock"]
+__all__ = ["BaseBlock", "Block", "ConvBlock", "ConvEmbedding", "NormHead", "Perceptron", "PooledBlock", "Stage", "TokenBlock"]
 
 
 class Perceptron(Mlp):
@@ -131,6 +132,43 @@ class Block(BaseBlock):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+class PooledBlock(Block):
+    """:class:`Block` whose attention sees pooled tokens (TAP), not the shortcut beside it.
+
+    Args:
+        dim: Channels.
+        attn: The attention module.
+        mlp_ratio: Width of the perceptron's hidden layer, in ``dim``.
+        num_scales: Scales of the pooling; 0 for none.
+        downsample: Makes the block's map of the one of the block before; None for nothing.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        options: Further arguments of :class:`Block`.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            attn: nn.Module,
+            mlp_ratio: float,
+            num_scales: int = 0,
+            downsample: nn.Module | None = None,
+            device=None,
+            dtype=None,
+            **options: Any,
+    ):
+        dd: Any = {"device": device, "dtype": dtype}
+        super().__init__(dim, attn, mlp_ratio, **options, **dd)
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.pool = TokenAwarePooling(dim, num_scales, **dd) if num_scales else nn.Identity()
+
+    def branches(self, x: Tensor) -> Tensor:
+        """What the block computes."""
+        x = self.downsample(x)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(self.pool(x)))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
 class TokenBlock(Block):
     """:class:`Block` on tokens ``[B, prefix + H * W, dim]``, which it takes with height and width of their map."""
 
@@ -207,3 +245,39 @@ class ConvEmbedding(nn.Module):
         if self.from_map:
             x = x.permute(0, 3, 1, 2)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class NormHead(ClassifierHead):
+    """timm's, with a norm between pooling and classifier; without pooling the norm is of every token."""
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            pool_type: str,
+            drop_rate: float,
+            input_fmt: str,
+            eps: float = 1e-5,
+            device=None,
+            dtype=None,
+    ):
+        dd: Any = {"device": device, "dtype": dtype}
+        _check_pooling(pool_type)
+        super().__init__(in_features, num_classes, pool_type, drop_rate=drop_rate, input_fmt=input_fmt, **dd)
+        self.norm = nn.LayerNorm(in_features, eps=eps, **dd)
+
+    @torch.jit.ignore
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """Replaces the classifier and, if given, the pooling."""
+        _check_pooling(pool_type)
+        super().reset(num_classes, pool_type)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits, or what the classifier takes, of maps ``[B, H, W, dim]``."""
+        x = self.drop(self.norm(self.global_pool(x)))
+        return x if pre_logits else self.fc(x)
+
+
+def _check_pooling(pool_type: str | None) -> None:
+    if pool_type == "catavgmax":
+        raise ValueError("global_pool 'catavgmax' doubles the channels, which the norm after it does not allow")

@@ -1,4 +1,4 @@
-"""What the models of FAN are made of: stems, blocks of the patches, blocks of the class token."""
+"""What the models of FAN are made of: stems, what is in place of a perceptron, blocks of the class token."""
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
-from ..layers import TokenAwarePooling
-from ..layers.full import SelfAttention, attend
-from ._blocks import BaseBlock, Block, ConvBlock, Perceptron, Stage
+from ..layers.full import attend
+from ._blocks import BaseBlock, ConvBlock, Perceptron, Stage
 
-__all__ = ["ChannelProcessing", "ClassBlock", "FANBlock", "PatchBlock", "conv_stem", "hybrid_stem", "norm_layer"]
+__all__ = ["ChannelProcessing", "ClassBlock", "PatchBlock", "conv_stem", "hybrid_stem", "norm_layer"]
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
@@ -140,45 +139,6 @@ class ChannelProcessing(nn.Module):
         q = self.q(x).softmax(dim=1).reshape(heads)
         k = x.softmax(dim=1).reshape(heads).mean(dim=-1, keepdim=True)
         return ((q * k).sum(dim=1).sigmoid() * self.temperature.squeeze(-1)).to(x.dtype).reshape(B, 1, 1, C)
-
-
-class FANBlock(Block):
-    """A transformer block with channel processing for a perceptron, on maps ``[B, H, W, dim]``.
-
-    Args:
-        dim: Channels.
-        num_heads: Heads of the attention and of the channels' gates.
-        mlp_ratio: Width of the perceptron's hidden layer, in ``dim``.
-        drop_path: Rate at which a sample skips a branch in training.
-        num_scales: Scales of the pooling of what attends; 0 for none.
-        downsample: What makes this block's map of the one of the block before; None for nothing.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            mlp_ratio: float,
-            drop_path: float,
-            num_scales: int,
-            downsample: nn.Module | None = None,
-            device=None,
-            dtype=None,
-    ):
-        dd: Any = {"device": device, "dtype": dtype}
-        super().__init__(
-            dim, SelfAttention(dim, num_heads, **dd), mlp_ratio, layer_scale=1., drop_path=drop_path, norm_layer=norm_layer,
-            mlp_layer=partial(ChannelProcessing, num_heads=num_heads), **dd)
-        self.downsample = nn.Identity() if downsample is None else downsample
-        self.pool = TokenAwarePooling(dim, num_scales, **dd) if num_scales else nn.Identity()
-
-    def branches(self, x: Tensor) -> Tensor:
-        """What the block computes."""
-        x = self.downsample(x)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(self.pool(x)))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ClassAttention(nn.Module):

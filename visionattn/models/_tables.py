@@ -13,7 +13,7 @@ from ..layers.agent import resize
 from ..layers.scripting import unscripted
 from ..ops.kept import keep
 
-__all__ = ["Grid", "PositionEmbedding", "resize_positions", "resize_rpb", "rpb_of_windows"]
+__all__ = ["Grid", "PositionEmbedding", "resize_pairs", "resize_positions", "resize_rpb", "rpb_of_windows"]
 
 Grid = tuple[int, int]  # rows and columns
 
@@ -81,6 +81,15 @@ def resize_positions(table: Tensor, old: Grid, new: Grid, num_prefix_tokens: int
     prefix, grid = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
     grid = resize(grid.transpose(-2, -1).unflatten(2, old), new, mode).flatten(2).transpose(-2, -1)
     return torch.cat([prefix, grid], dim=1)
+
+
+def resize_pairs(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Interpolates (bilinear) a table ``[heads, tokens, tokens]`` of pairs of places for maps of another size."""
+    heads = table.shape[0]
+    for _ in range(2):  # the keys, then the queries
+        places = resize(table.reshape(1, -1, *old), new)
+        table = places.reshape(heads, -1, new[0] * new[1]).transpose(1, 2)
+    return table
 
 
 def rpb_of_windows(table: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ non-commercial use.
 """
 import re
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,11 +17,12 @@ from timm.models._features import feature_take_indices
 from timm.models.xcit import PositionalEncodingFourier
 from torch import Tensor, nn
 
+from ..layers.full import SelfAttention
 from ._backbone import TokenBackbone, check_size, init_convolution
-from ._blocks import ConvEmbedding
+from ._blocks import ConvEmbedding, PooledBlock
 from ._builder import build_model, cfg
 from ._family import Family, Peer, Published
-from ._fan import ChannelProcessing, ClassBlock, FANBlock, PatchBlock, conv_stem, hybrid_stem, norm_layer
+from ._fan import ChannelProcessing, ClassBlock, PatchBlock, conv_stem, hybrid_stem, norm_layer
 
 __all__ = ["FAN"]
 
@@ -106,18 +108,23 @@ class FAN(TokenBackbone):
             self.min_size = 16
         self.pos_embed = PositionalEncodingFourier(32, embed_dims[0], **dd)
         self.cls_token: nn.Parameter | None = nn.Parameter(torch.empty(1, 1, embed_dims[-1], **dd))
-        groups = [group for group, depth in enumerate(depths) for _ in range(depth)]
+
+        def block(group: int, first: bool) -> nn.Module:
+            dim, heads = embed_dims[group], num_heads[group]
+            return PooledBlock(
+                dim, SelfAttention(dim, heads, **dd), mlp_ratio, num_scales,
+                ConvEmbedding(embed_dims[group - 1], dim, 3, 2, 1, **dd) if group and first else None,
+                layer_scale=1., drop_path=drop_path_rate, norm_layer=norm_layer,
+                mlp_layer=partial(ChannelProcessing, num_heads=heads), **dd)
+
         self.blocks = nn.ModuleList([
-            FANBlock(
-                embed_dims[group], num_heads[group], mlp_ratio, drop_path_rate, num_scales,
-                ConvEmbedding(embed_dims[group - 1], embed_dims[group], 3, 2, 1, **dd)
-                if i and group > groups[i - 1] else None, **dd)
-            for i, group in enumerate(groups)])
+            block(group, first=i == 0) for group, depth in enumerate(depths) for i in range(depth)])
         self.cls_attn_blocks = nn.ModuleList([
             ClassBlock(embed_dims[-1], num_heads[-1], mlp_ratio, **dd) for _ in range(2)])
         self.downsample = None if coarse_dim is None else nn.Conv2d(
             embed_dims[-1], coarse_dim, 3, stride=2, padding=1, **dd)
 
+        groups = [group for group, depth in enumerate(depths) for _ in range(depth)]
         self.feature_info = [] if stem_depths is None else [
             dict(num_chs=dim, reduction=4 * 2 ** i, module=f"patch_embed.stages.{i}") for i, dim in enumerate(stem_dims)]
         self.feature_info += [

@@ -12,7 +12,6 @@ from typing import Any, Optional, Tuple  # noqa: UP035 - TorchScript reads Tuple
 import torch
 import torch.nn.functional as F
 from timm.layers import (
-    ClassifierHead,
     DropPath,
     LayerScale,
     calculate_drop_path_rates,
@@ -30,7 +29,7 @@ from ..layers.forward_cross import resize_offsets
 from ..layers.scripting import unscripted
 from ..ops.dispatch import numbers
 from ._backbone import Backbone, stage_levels
-from ._blocks import ConvBlock, Perceptron, Stage
+from ._blocks import ConvBlock, NormHead, Perceptron, Stage
 from ._builder import build_model, cfg
 from ._family import DenseNorm, Family, Peer
 from ._tables import Grid
@@ -175,41 +174,6 @@ class Merge(nn.Module):
         """Returns the smaller map."""
         x = F.gelu(self.conv1(x.permute(0, 3, 1, 2)))
         return self.conv3(F.gelu(self.conv2(x))).permute(0, 2, 3, 1)
-
-
-class NormHead(ClassifierHead):
-    """timm's, with a norm between pooling and classifier; without pooling the norm is of every token."""
-
-    def __init__(
-            self,
-            in_features: int,
-            num_classes: int,
-            pool_type: str,
-            drop_rate: float,
-            input_fmt: str,
-            device=None,
-            dtype=None,
-    ):
-        dd: Any = {"device": device, "dtype": dtype}
-        _check_pooling(pool_type)
-        super().__init__(in_features, num_classes, pool_type, drop_rate=drop_rate, input_fmt=input_fmt, **dd)
-        self.norm = nn.LayerNorm(in_features, **dd)
-
-    @torch.jit.ignore
-    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Replaces the classifier and, if given, the pooling."""
-        _check_pooling(pool_type)
-        super().reset(num_classes, pool_type)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits, or what the classifier takes, of maps ``[B, H, W, dim]``."""
-        x = self.drop(self.norm(self.global_pool(x)))
-        return x if pre_logits else self.fc(x)
-
-
-def _check_pooling(pool_type: str | None) -> None:
-    if pool_type == "catavgmax":
-        raise ValueError("global_pool 'catavgmax' doubles the channels, which the norm after it does not allow")
 
 
 class FcaFormer(Backbone):
