@@ -184,7 +184,8 @@ def test_backends_shows_every_op(capsys):
     assert main(["backends"]) == 0
     table = capsys.readouterr().out
     for op in ("neighborhood_attention", "routed_attention", "kmeans_attention", "agent_attention",
-               "varied_window_attention", "aggregated_attention", "flow_attention", "combiner_attention"):
+               "varied_window_attention", "aggregated_attention", "flow_attention", "combiner_attention",
+               "reversed_attention", "sparsified_attention"):
         rows = rows_of(table, op)
         assert len(rows) == 8
         assert all(list(row.values()).count("chosen") == 1 and row["naive"] == "yes" for row in rows)
@@ -232,7 +233,8 @@ def test_benchmark_times_what_is_right(op, case, backward):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("op", "ours"), [("kmeans", "gathered"), ("agent", "fused"), ("neighborhood", "halo"),
                                           ("routed", "gathered"), ("varied_window", "sampled"),
-                                          ("aggregated", "shifted")])
+                                          ("aggregated", "shifted"), ("reversed", "blocked"),
+                                          ("sparsified", "gathered")])
 @pytest.mark.filterwarnings("ignore")
 def test_benchmark_times_every_small_case_of_every_op(op, ours, backward):
     for name, case in ops.cases(f"{op}_attention").items():

@@ -3,8 +3,8 @@ import pytest
 import timm
 import torch
 
-from visionattn.layers import BiLevelRoutingAttention
-from visionattn.visualize import draw_routes, find_routes
+from visionattn.layers import BiLevelRoutingAttention, attention_maps
+from visionattn.visualize import draw_routes, draw_trees, find_routes, find_trees
 
 
 @pytest.mark.parametrize(("name", "options"), [
@@ -44,3 +44,47 @@ def test_picture(tmp_path):
     spread = picture.max(axis=-1) - picture.min(axis=-1)
     assert (spread > 0.3).mean() > 0.01  # coloured, on a grey image
     assert (spread < 0.05).mean() > 0.2
+
+
+@pytest.mark.parametrize("name", ["test_dependency_vit", "test_dependency_vit_lite"])
+def test_trees_are_trees_of_messages(name):
+    """From every patch one comes to the root, that which receives most; parents are those of a greedily grown tree."""
+    torch.manual_seed(0)
+    model, images = timm.create_model(name).train(), torch.randn(2, 3, 40, 64)
+    trees = find_trees(model, images)
+    assert (trees.grid, trees.patch) == ((5, 8), (8, 8))
+    assert model.training
+    with torch.no_grad(), attention_maps(model.eval()) as maps:
+        model(images)
+    sent = sum(found.sum(1) for found in maps if found.shape[2] == 40).mT  # before tokens are pruned
+    for image in range(2):
+        off_diagonal = sent[image] * (1 - torch.eye(40))
+        parents, root = trees.parents[image], off_diagonal.sum(0).argmax()
+        assert parents[root] == root
+        place = torch.arange(40)
+        for _ in range(40):
+            place = parents[place]
+        assert (place == root).all()
+        inside, children = {int(root)}, set(range(40)) - {int(root)}
+        while children:
+            best = max(children, key=lambda child: max(off_diagonal[child, parent] for parent in inside))
+            assert trees.mass[image, best] == off_diagonal[best, parents[best]]
+            assert trees.mass[image, best] == max(off_diagonal[best, parent] for parent in inside)
+            inside.add(best)
+            children.remove(best)
+
+
+def test_models_without_messages_are_refused():
+    with pytest.raises(ValueError, match="has no reversed attention"):
+        find_trees(timm.create_model("test_dinat"), torch.randn(1, 3, 64, 64))
+
+
+def test_picture_of_trees(tmp_path):
+    torch.manual_seed(0)
+    draw_trees(timm.create_model("test_dependency_vit"), torch.rand(2, 3, 64, 64), tmp_path / "trees.png", ["a", "b"])
+    from matplotlib.image import imread
+
+    picture = imread(tmp_path / "trees.png")[..., :3]
+    spread = picture.max(axis=-1) - picture.min(axis=-1)
+    assert (spread > 0.3).mean() > 0.02  # coloured lines, on a grey image
+    assert (spread < 0.05).mean() > 0.3

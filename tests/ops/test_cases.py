@@ -23,7 +23,8 @@ def results(op, case, dtype, backend):
 
 def test_every_op_has_cases():
     assert OPS == ["agent_attention", "aggregated_attention", "combiner_attention", "flow_attention",
-                   "kmeans_attention", "neighborhood_attention", "routed_attention", "varied_window_attention"]
+                   "kmeans_attention", "neighborhood_attention", "reversed_attention", "routed_attention",
+                   "sparsified_attention", "varied_window_attention"]
     for op in OPS:
         groups = [group for case in ops.cases(op).values() for group in case.groups]
         assert {"small", "usual", "families"} <= set(groups)

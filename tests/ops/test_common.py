@@ -18,7 +18,9 @@ from visionattn.ops import (
     flow_attention,
     kmeans_attention,
     neighborhood_attention,
+    reversed_attention,
     routed_attention,
+    sparsified_attention,
     use_backend,
     varied_window_attention,
 )
@@ -107,6 +109,19 @@ def varied(bias: bool = False, dtype: torch.dtype = torch.float64) -> Call:
     return Call(varied_window_attention, tensors, {}, {"window_size": (3, 4)})
 
 
+def reversed_(weighted: bool = False, dtype: torch.dtype = torch.float64) -> Call:
+    tensors = qkv(2, 20, 2, 8, dtype=dtype)
+    if weighted:
+        tensors["weights"] = torch.rand(2, 20, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return Call(reversed_attention, tensors, {}, {})
+
+
+def sparsified(size: int, dtype: torch.dtype = torch.float64) -> Call:
+    generator = torch.Generator().manual_seed(1)
+    index = torch.rand(2, 2, 20 // size, 20, generator=generator).topk(6).indices
+    return Call(sparsified_attention, qkv(2, 20, 2, 8, dtype=dtype), {"index": index}, {})
+
+
 def aggregated(
         height: int, width: int, kernel_size: int = 3, plain: bool = False, dtype: torch.dtype = torch.float64,
 ) -> Call:
@@ -151,6 +166,10 @@ CALLS = {
     "clusters, mask, not themselves": kmeans(masked=True, mask_self=True),
     "agents": agents(),
     "agents, bias": agents(bias=True),
+    "reversed": reversed_(),
+    "reversed, weights": reversed_(weighted=True),
+    "lists of keys": sparsified(1),
+    "lists of keys, shared": sparsified(5),
     "varied windows": varied(),
     "varied windows, bias": varied(bias=True),
     "window and pooled keys": aggregated(5, 4, plain=True),
@@ -162,7 +181,8 @@ CALLS = {
 }
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
         agent_attention: "fused", varied_window_attention: "sampled", aggregated_attention: "shifted",
-        flow_attention: "linear", combiner_attention: "blocked"}
+        flow_attention: "linear", combiner_attention: "blocked",
+        reversed_attention: "blocked", sparsified_attention: "gathered"}
 SHARED = ("bias", "memory")  # what has no batch
 WIDE = ("agent_bias", "query_bias", "bias", "local_bias", "pooled_bias", "route_weights", "offset",
         "stretch")  # what autocast leaves as it is
@@ -371,7 +391,7 @@ def test_per_sample_gradients(call, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("name", ["routed", "routed densely", "clusters"])
+@pytest.mark.parametrize("name", ["routed", "routed densely", "clusters", "lists of keys, shared"])
 def test_vmap_over_tables(name, backend):
     call = CALLS[name]
     tables = {key: torch.stack([x, x.flip(0)]) for key, x in call.tables.items()}

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import visionattn.models  # noqa: F401  registers the models
 from visionattn.layers import BiLevelRoutingAttention
-from visionattn.ops import neighborhood_attention, routed_attention
+from visionattn.ops import neighborhood_attention, reversed_attention, routed_attention
 from visionattn.ops.neighborhood import naive
 
 # More digits of some of the published figures, counted by the authors' tool (fvcore) on their code.
@@ -118,6 +118,14 @@ def test_routed_op(backend):
         flops, out = count(lambda: routed_attention(q, k, v, routes, region, backend=backend))
     assert flops == 4 * dim * pairs
     assert count(lambda: torch.autograd.grad(out.sum(), (q, k, v)))[0] == 10 * dim * pairs
+
+
+def test_reversed_op():
+    batch, tokens, heads, dim = shape = (2, 48, 2, 16)
+    q, k, v = qkv(*shape, device="cpu")
+    for backend in ("blocked", "naive"):
+        flops, _ = count(lambda backend=backend: reversed_attention(q, k, v, backend=backend))
+        assert flops == 4 * dim * batch * heads * tokens ** 2
 
 
 def test_a_counter_made_before_the_first_call_knows_all_operators():

@@ -16,6 +16,7 @@ from .kmeans_routing import KMeansRoutingAttention
 from .maelre import LongRangeAttention, TokenMerging
 from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
+from .reversed import MessageController, ReversedAttention
 from .token_pooling import TokenAwarePooling
 from .uoe import UnionOfExpertsAttention
 from .varied_window import VariedSizeWindowAttention, vary_windows
@@ -38,7 +39,9 @@ __all__ = [
     "KMeansRoutingAttention",
     "LittleBitAttention",
     "LongRangeAttention",
+    "MessageController",
     "NeighborhoodAttention2d",
+    "ReversedAttention",
     "SubspaceAttention",
     "TokenAwarePooling",
     "TokenMerging",

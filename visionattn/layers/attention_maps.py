@@ -43,6 +43,8 @@ def attention_maps(model: nn.Module, last: bool = False) -> Iterator[list[Tensor
       window of variable size what its samples take from each token. In aggregated attention the pooled keys come after
       the map's. In k-means routing rows are means over a query's clusters, 0 for a query of none. Flow attention gives
       what it weighs the values by, rows of which do not sum to one.
+    * Reversed attention gives what every token (row) receives from every other one: columns sum, over the heads, to the
+      senders' gates.
     * Cascaded group attention computes head after head: each is a map with one head.
 
     The thread that enters the context records what it runs itself, so several threads may do so with one model. Within

@@ -9,14 +9,17 @@ from .flow import FlowProblem, flow_attention
 from .kept import held_bytes, release_memory
 from .kmeans import KMeansProblem, kmeans_attention
 from .neighborhood import NeighborhoodProblem, neighborhood_attention
+from .reversed import ReversedProblem, reversed_attention
 from .routed import RoutedProblem, routed_attention
+from .sparsified import SparsifiedProblem, sparsified_attention
 from .varied_window import VariedWindowProblem, varied_window_attention
 
 __all__ = [
     "AgentProblem", "AggregatedProblem", "BackendError", "Case", "CombinerProblem", "FlowProblem", "KMeansProblem",
-    "NeighborhoodProblem", "RoutedProblem", "VariedWindowProblem", "agent_attention", "aggregated_attention", "cases",
-    "combiner_attention", "explain", "flow_attention", "held_bytes", "kmeans_attention", "neighborhood_attention",
-    "pool_agents", "release_memory", "routed_attention", "use_backend", "varied_window_attention",
+    "NeighborhoodProblem", "ReversedProblem", "RoutedProblem", "SparsifiedProblem", "VariedWindowProblem",
+    "agent_attention", "aggregated_attention", "cases", "combiner_attention", "explain", "flow_attention", "held_bytes",
+    "kmeans_attention", "neighborhood_attention", "pool_agents", "release_memory", "reversed_attention",
+    "routed_attention", "sparsified_attention", "use_backend", "varied_window_attention",
 ]
 
 dispatch.read_environment()
