@@ -24,7 +24,7 @@ OTHERS = {
     "test_smt": ((100, 75), {}), "test_fcaformer": ((100, 75), {}), "test_swin_vsa": ((100, 75), {}),
     "test_vitaev2_vsa": ((100, 75), {}), "test_transnext": ((100, 75), {}),
     "test_moh_transnext": ((75, 100), {}), "test_mobilenetv2_ulsam": ((75, 100), {}), "test_flowformer": ((100, 75), {}),
-    "test_dependency_vit_lite": ((60, 90), {}),
+    "test_dependency_vit_lite": ((60, 90), {}), "test_maformer": ((100, 75), {"downsample": "linear"}),
 }
 
 

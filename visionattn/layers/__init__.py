@@ -13,6 +13,7 @@ from .forward_cross import ForwardCrossAttention
 from .gaam import GaussianAdaptiveAttention, gaam
 from .gqa import GroupedQueryAttention, group_heads, to_gqa
 from .kmeans_routing import KMeansRoutingAttention
+from .local_global import LocalGlobalAttention
 from .maelre import LongRangeAttention, TokenMerging
 from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
@@ -20,6 +21,7 @@ from .reversed import MessageController, ReversedAttention
 from .token_pooling import TokenAwarePooling
 from .uoe import UnionOfExpertsAttention
 from .varied_window import VariedSizeWindowAttention, vary_windows
+from .window import WindowAttention
 
 __all__ = [
     "AgentAttention",
@@ -38,6 +40,7 @@ __all__ = [
     "HeadGates",
     "KMeansRoutingAttention",
     "LittleBitAttention",
+    "LocalGlobalAttention",
     "LongRangeAttention",
     "MessageController",
     "NeighborhoodAttention2d",
@@ -47,6 +50,7 @@ __all__ = [
     "TokenMerging",
     "UnionOfExpertsAttention",
     "VariedSizeWindowAttention",
+    "WindowAttention",
     "attach_attention",
     "attention_maps",
     "auxiliary_losses",
