@@ -71,16 +71,24 @@ def test_entry(name):
             assert 0.98 * published <= entry.gmacs <= 1.1 * published
 
 
-def test_all_of_ours(listed):
-    rows = listed()
+@pytest.fixture
+def uncounted(listed, monkeypatch):
+    """Runs the command without counting each model, which test_entry does."""
+    entry = describe("test_dinat")
+    monkeypatch.setattr(listing, "describe", lambda name: entry._replace(name=name, family=listing._family(name)))
+    return listed
+
+
+def test_all_of_ours(uncounted):
+    rows = uncounted()
     assert [row[0] for row in rows] == OURS
     assert len({row[-2] for row in rows}) == len(models.__all__)
 
 
 @pytest.mark.parametrize("family", ["isotropic", "agent"])
-def test_family(family, listed):
+def test_family(family, uncounted):
     """By its name, or by the part before an underscore."""
-    rows = listed("--family", family)
+    rows = uncounted("--family", family)
     assert rows
     assert {row[0] for row in rows} == {
         name for name in OURS
