@@ -185,7 +185,7 @@ def test_backends_shows_every_op(capsys):
     table = capsys.readouterr().out
     for op in ("neighborhood_attention", "routed_attention", "kmeans_attention", "agent_attention",
                "varied_window_attention", "aggregated_attention", "flow_attention", "combiner_attention",
-               "reversed_attention", "sparsified_attention"):
+               "reversed_attention", "sparsified_attention", "factorized_attention"):
         rows = rows_of(table, op)
         assert len(rows) == 8
         assert all(list(row.values()).count("chosen") == 1 and row["naive"] == "yes" for row in rows)

@@ -17,6 +17,7 @@ from visionattn.layers import (
     CombinerAttention,
     CosineAttention,
     EfficientLocalAttention,
+    FactorizedAttention,
     FlowAttention,
     ForwardCrossAttention,
     FullAttention,
@@ -54,6 +55,8 @@ LAYERS = {
     "combiner, axial": lambda: CombinerAttention(12, 2, "axial", **D),
     "cosine": lambda: CosineAttention(12, 2, 7, **D),
     "cosine, interpolated": lambda: CosineAttention(12, 2, 7, bias_size=8, **D),
+    "factorized": lambda: FactorizedAttention(16, 1, 2, window=3, **D),
+    "factorized, one group, mean": lambda: FactorizedAttention(16, 2, 1, window=4, merging="tiles", **D),
     "flow": lambda: FlowAttention(12, 2, **D),
     "forward cross": lambda: ForwardCrossAttention(12, 2, (6, 5), sources=0, **D),
     "forward cross, another size": lambda: ForwardCrossAttention(12, 2, (4, 4), sources=0, **D),
@@ -101,7 +104,8 @@ def fill(module: nn.Module) -> nn.Module:
 
 
 def images(name: str, batch: int = 3, seed: int = 1) -> Tensor:
-    x = torch.randn(batch, 6, 5, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    channels = 16 if name.startswith("factorized") else 12
+    x = torch.randn(batch, 6, 5, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if name.startswith("norm"):
         return x[:, 0, 0]
     return x.permute(0, 3, 1, 2).contiguous() if name.startswith(CHANNELS_FIRST) else x

@@ -25,7 +25,7 @@ from visionattn.ops import held_bytes, kept, release_memory
 # The least height and width of an image, of those that do not pad as far as it takes.
 LEAST_SIZES = {
     "test_agent_pvt": 32, "test_agent_cswin": 3, "biformer_stl": 32, "biformer_stl_nchw": 32, "test_smt": 3,
-    "test_datr": 29, "test_tap_fan_hybrid": 16, "test_tap_rvt": 15}
+    "test_datr": 29, "test_favit": 29, "test_tap_fan_hybrid": 16, "test_tap_rvt": 15}
 QUICK = ("test_dinat", "dinat_iso_small")  # to compile
 LEARNS_CENTROIDS = "test_routing_vit"
 

@@ -22,9 +22,9 @@ def results(op, case, dtype, backend):
 
 
 def test_every_op_has_cases():
-    assert OPS == ["agent_attention", "aggregated_attention", "combiner_attention", "flow_attention",
-                   "kmeans_attention", "neighborhood_attention", "reversed_attention", "routed_attention",
-                   "sparsified_attention", "varied_window_attention"]
+    assert OPS == ["agent_attention", "aggregated_attention", "combiner_attention", "factorized_attention",
+                   "flow_attention", "kmeans_attention", "neighborhood_attention", "reversed_attention",
+                   "routed_attention", "sparsified_attention", "varied_window_attention"]
     for op in OPS:
         groups = [group for case in ops.cases(op).values() for group in case.groups]
         assert {"small", "usual", "families"} <= set(groups)

@@ -15,6 +15,7 @@ from visionattn.ops import (
     agent_attention,
     aggregated_attention,
     combiner_attention,
+    factorized_attention,
     flow_attention,
     kmeans_attention,
     neighborhood_attention,
@@ -145,6 +146,10 @@ def combiner(*size: int, dtype: torch.dtype = torch.float64, **options) -> Call:
     return Call(combiner_attention, qkv(2, *size, 2, 8, dtype=dtype), {}, options)
 
 
+def factorized(height: int, width: int, dtype: torch.dtype = torch.float64, **options) -> Call:
+    return Call(factorized_attention, qkv(2, height, width, 2, 8, dtype=dtype), {}, {"window": 3} | options)
+
+
 CALLS = {
     "whole map": neighborhood(5, 5, kernel_size=5),
     "whole map, bias": neighborhood(5, 5, kernel_size=5, bias=True),
@@ -174,6 +179,8 @@ CALLS = {
     "varied windows, bias": varied(bias=True),
     "window and pooled keys": aggregated(5, 4, plain=True),
     "window and pooled keys, bias, weights": aggregated(4, 6, kernel_size=5),
+    "merged tiles": factorized(6, 7, dilations=(1, 2)),
+    "merged tiles of a small map": factorized(2, 5, window=4, dilations=(3,)),
     "flow": flow(keys=13, eps_of_sums=True),
     "flow, causal": flow(is_causal=True),
     "combined windows": combiner(5, 4, window_size=(2, 3)),
@@ -181,7 +188,7 @@ CALLS = {
 }
 FAST = {neighborhood_attention: "halo", routed_attention: "gathered", kmeans_attention: "gathered",
         agent_attention: "fused", varied_window_attention: "sampled", aggregated_attention: "shifted",
-        flow_attention: "linear", combiner_attention: "blocked",
+        flow_attention: "linear", combiner_attention: "blocked", factorized_attention: "merged",
         reversed_attention: "blocked", sparsified_attention: "gathered"}
 SHARED = ("bias", "memory")  # what has no batch
 WIDE = ("agent_bias", "query_bias", "bias", "local_bias", "pooled_bias", "route_weights", "offset",

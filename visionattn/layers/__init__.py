@@ -8,6 +8,7 @@ from .cascaded_group import CascadedGroupAttention
 from .checkpointing import checkpoint_attention
 from .cnn_attention import EfficientLocalAttention, LittleBitAttention, SubspaceAttention, attach_attention
 from .combiner import CombinerAttention
+from .factorized import FactorizedAttention
 from .flow import FlowAttention
 from .forward_cross import ForwardCrossAttention
 from .gaam import GaussianAdaptiveAttention, gaam
@@ -32,6 +33,7 @@ __all__ = [
     "CombinerAttention",
     "CosineAttention",
     "EfficientLocalAttention",
+    "FactorizedAttention",
     "FlowAttention",
     "ForwardCrossAttention",
     "FullAttention",

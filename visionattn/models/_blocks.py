@@ -11,7 +11,10 @@ from ..layers import TokenAwarePooling
 from ..layers.checkpointing import checkpointed
 from ..layers.full import unseen
 
-__all__ = ["BaseBlock", "Block", "ConvBlock", "ConvEmbedding", "NormHead", "Perceptron", "PooledBlock", "Stage", "TokenBlock"]
+__all__ = [
+    "BaseBlock", "Block", "ConvBlock", "ConvEmbedding", "MixFeedForward", "NormHead", "Perceptron", "PooledBlock",
+    "Stage", "TokenBlock",
+]
 
 
 class Perceptron(Mlp):
@@ -25,6 +28,32 @@ class Perceptron(Mlp):
         else:
             x = torch.ops.aten.gelu_(x) if unseen(self.fc1, self.act) else self.act(x)
         return self.drop2(self.fc2(self.drop1(x)))
+
+
+class MixFeedForward(nn.Module):
+    """A perceptron on the tokens of a map ``[B, H, W, dim]``, with a depthwise 3x3 convolution before its activation.
+
+    Args:
+        dim: Channels.
+        hidden_dim: Channels of the convolution.
+        drop: Dropout rate after the activation and of the output.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0., device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns a map of the same shape."""
+        x = self.conv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.drop(self.fc2(self.drop(self.act(x))))
 
 
 class BaseBlock(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..layers import NeighborhoodAttention2d
 from ..layers.full import attend
 from ._backbone import Backbone, init_convolution, stage_levels
-from ._blocks import Block, ConvEmbedding, Stage
+from ._blocks import Block, ConvEmbedding, MixFeedForward, Stage
 from ._builder import build_model, cfg
 from ._family import Family, Peer
 
@@ -63,32 +63,6 @@ class SpatialReductionAttention(nn.Module):
         patches = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).flatten(1, 2)
         k, v = self.kv(patches).unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj_drop(self.proj(attend(q, k, v).transpose(1, 2).reshape(B, H, W, C)))
-
-
-class MixFeedForward(nn.Module):
-    """A perceptron on the tokens of a map ``[B, H, W, dim]``, with a depthwise 3x3 convolution before its activation.
-
-    Args:
-        dim: Channels.
-        hidden_dim: Channels of the convolution.
-        drop: Dropout rate after the activation and of the output.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0., device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns a map of the same shape."""
-        x = self.conv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop(self.fc2(self.drop(self.act(x))))
 
 
 class DATR(Backbone):

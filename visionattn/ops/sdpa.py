@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import differentiated, exporting, in_forward_mode, no_autocast, transforming
+from .dispatch import differentiated, exporting, in_forward_mode, no_autocast, standard_only, transforming
 from .recording import current_recorder
 
-__all__ = ["probabilities", "sdpa"]
+__all__ = ["probabilities", "sdpa", "sdpa_of_few_keys"]
+
+# With fewer keys, a vector's width, PyTorch's CPU kernel (2.15) takes three times as long, and loses NaN.
+_CPU_KEYS = 16
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -48,6 +51,26 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: flo
         # follows must not depend on them.
         return out.clone(memory_format=torch.contiguous_format)
     return out
+
+
+def sdpa_of_few_keys(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """:func:`sdpa` where keys may be very few, which on a CPU are padded with keys that nobody sees.
+
+    Args:
+        q: Queries ``[batch, heads, queries, dim]``.
+        k: Keys ``[batch, heads, keys, dim]``.
+        v: Values ``[batch, heads, keys, value_dim]``.
+        bias: Added to the scores of all samples, ``[heads, queries, keys]``, seen through a stride of 0.
+        scale: Factor on ``q . k``; None means ``head_dim ** -0.5``.
+    """
+    if q.device.type == "cpu" and not standard_only(q, k, v) and (missing := _CPU_KEYS - k.shape[2]) > 0:
+        k, v = (F.pad(x, (0, 0, 0, missing)) for x in (k, v))
+        bias = q.new_zeros(1, 1, _CPU_KEYS - missing) if bias is None else bias
+        bias = F.pad(bias, (0, missing), value=-torch.inf)
+    if bias is not None:
+        bias = (bias if bias.dtype == q.dtype else bias.to(q.dtype)).expand(q.shape[0], -1, -1, -1)
+    return sdpa(q, k, v, bias, scale)
 
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
