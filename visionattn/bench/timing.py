@@ -52,16 +52,15 @@ def benchmark(
     backward pass) at its measured peak of matrix products. ``simulated_speedup`` is that of ``bench simulate`` with the
     best tiles, to be read beside ``speedup_over_dense``.
 
-    Backends: those of the op; ``halo``, ``gathered``, ``fused``, ``linear``, ``merged`` and ``triton`` are our fast ones.
-    ``naive`` gathers a window, or the listed regions, for every query (head by head if keys and values would take more than 2
-    GiB). ``masked_sdpa`` is PyTorch's dense attention with the op as a mask (made from the bias table in every run).
+    Backends: those of the op; all but ``naive`` and ``natten`` are our fast ones. ``naive`` gathers a window, or the
+    listed regions, for every query (head by head if keys and values would take more than 2 GiB).
+    ``masked_sdpa`` is PyTorch's dense attention with the op as a mask (made from the bias table in every run).
     ``dense_sdpa`` lets every query see every key and leaves all else away: it computes something else and is not
     checked. ``flex`` is FlexAttention with a block mask made beforehand, eager and (``--compiled``) compiled; it has no
     backward pass on CPU, nor has ``natten`` there.
 
     Args:
-        op: ``"neighborhood"``, ``"routed"``, ``"kmeans"``, ``"agent"``, ``"varied_window"``, ``"aggregated"``,
-            ``"flow"`` or ``"factorized"``.
+        op: Name of the op without ``_attention``: ``"neighborhood"``, ``"routed"``, ``"flow"``, ...
         case: Name of one of the op's cases, :func:`visionattn.ops.cases`.
         backward: Whether to time forward and backward, or forward only.
         dtype: Of q, k and v; tables of biases are float32.
