@@ -91,7 +91,7 @@ def test_a_trace_does_not_change_later_calls():
 
 def test_traced_files_open_without_this_package(tmp_path):
     expected = {}
-    for name in FAMILIES:
+    for name in ("test_biformer", "test_dinat", "test_swin_vsa"):  # others hold no other operators, see test_trace
         model, size = build(name)
         images = torch.randn(2, 3, *size)
         with torch.no_grad():
