@@ -5,7 +5,7 @@
 
 Accuracy is that of ``test_mixer_vit`` by the recipe of tools/measure_digits.py, one seed. Time (of the processor, best
 of the turns, which the mixers take one after the other) and memory are those of a single layer of 192 channels in 3
-heads, forward, one image. Rows that the file has are left as they are.
+heads, forward, one image. They are written first; what the file has already is left as it is.
 """
 import argparse
 import csv
@@ -34,34 +34,37 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the tool with command line arguments (the process's own if None) and returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), metavar="NAME")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--sides", nargs="+", type=int, default=SIDES, help="of the timed maps, in tokens")
-    parser.add_argument("--out", type=Path, default=Path("results/mixers.csv"), help="CSV file; rows are appended")
+    parser.add_argument("--out", type=Path, default=Path("results/mixers.csv"), help="CSV file; rows are added")
     parser.add_argument("--page", type=Path, help="write the rows that there are as a table into this page, and stop")
     args = parser.parse_args(argv)
     if args.page:
         write_table(args.out, args.page)
         return 0
     torch.set_num_threads(1)
-    known = set()
+    rows: dict[str, dict[str, Any]] = {}
     if args.out.exists():
         with args.out.open(newline="") as file:
-            known = {row["mixer"] for row in csv.DictReader(file)}
-    wanted = [mixer for mixer in args.mixers if mixer not in known]
-    costs = measure_costs(wanted, args.sides)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a", newline="") as file:
-        writer = None
-        for mixer in wanted:
-            options = {"mixer": mixer, "mixer_args": OPTIONS.get(mixer, {})}
-            row = {"mixer": mixer, **costs[mixer], **measure("test_mixer_vit", 0, args.epochs, 64, options)}
-            writer = writer or csv.DictWriter(file, fieldnames=list(row))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            print("{mixer:14} {accuracy:.4f} after {minutes} minutes".format(**row), flush=True)
+            rows = {row["mixer"]: dict(row) for row in csv.DictReader(file)}
+    wanted = [mixer for mixer in args.mixers if not rows.get(mixer, {}).get("accuracy")]
+    for mixer, costs in measure_costs([mixer for mixer in wanted if mixer not in rows], args.sides).items():
+        rows[mixer] = {"mixer": mixer, **costs}
+    _write(rows, args.out)
+    for mixer in wanted:
+        options = {"mixer": mixer, "mixer_args": OPTIONS.get(mixer, {})}
+        rows[mixer] |= measure("test_mixer_vit", 0, args.epochs, 64, options)
+        _write(rows, args.out)
+        print("{mixer:14} {accuracy:.4f} after {minutes} minutes".format(**rows[mixer]), flush=True)
     return 0
+
+
+def _write(rows: dict[str, dict[str, Any]], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows.values() for key in row)))
+        writer.writeheader()
+        writer.writerows(rows.values())
 
 
 @torch.inference_mode()
@@ -88,10 +91,10 @@ def write_table(source: Path, page: Path) -> None:
     with source.open(newline="") as file:
         rows = list(csv.DictReader(file))
     counts = [key.removeprefix("ms_") for key in rows[0] if key.startswith("ms_")]
-    lines = ["| mixer | parameters | accuracy, % | " + " | ".join(f"{int(n):,} tokens: ms, MiB" for n in counts) + " |",
-             "|---" * (3 + len(counts)) + "|"]
+    lines = ["| mixer | accuracy, % | " + " | ".join(f"{int(n):,} tokens: ms, MiB" for n in counts) + " |",
+             "|---" * (2 + len(counts)) + "|"]
     for row in rows:
-        cells = [row["mixer"], f"{int(row['parameters']):,}", f"{100 * float(row['accuracy']):.1f}"]
+        cells = [row["mixer"], f"{100 * float(row['accuracy']):.1f}" if row.get("accuracy") else "not measured"]
         cells += [f"{row[f'ms_{n}']}, {row[f'mib_{n}']}" for n in counts]
         lines.append(f"| {' | '.join(cells)} |")
     write_between(page, START, END, lines)
