@@ -68,6 +68,7 @@ def test_every_command_is_of_a_walk_or_of_a_large_data_set():
             assert "data/" in (ROOT / command[3]).read_text()
 
 
+@pytest.mark.slow
 def test_folder_of_images(folder):
     for split in ("train", "val"):
         write_classes(folder / "photos" / split)
@@ -78,6 +79,7 @@ def test_folder_of_images(folder):
     assert (folder / "photos.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_coco_file(folder):
     for split in ("train", "val"):
         content = coco_content(folder / "photos" / split)
@@ -90,6 +92,7 @@ def test_coco_file(folder):
     assert (folder / "photos.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_voc_files(folder):
     root = folder / "VOC2012"
     for name in ("a", "b", "c"):
@@ -107,6 +110,7 @@ def test_voc_files(folder):
     assert (metrics["num_images"], metrics["num_classes"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_folder_of_masks(folder):
     for split, count in (("train", 4), ("val", 2)):
         for index in range(count):
