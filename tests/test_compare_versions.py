@@ -19,8 +19,8 @@ def changed(tmp_path_factory):
     shutil.copytree(ROOT / "visionattn", checkout / "visionattn", ignore=shutil.ignore_patterns("__pycache__"))
     file = checkout / "visionattn" / "ops" / "agent" / "fused.py"
     text = file.read_text()
-    assert "    gathered = _attend(" in text
-    file.write_text(text.replace("    gathered = _attend(", "    v = v * 1.01\n    gathered = _attend("))
+    assert "    gathered = sdpa_of_few_keys(" in text
+    file.write_text(text.replace("    gathered = sdpa_of_few_keys(", "    v = v * 1.01\n    gathered = sdpa_of_few_keys("))
     return checkout
 
 

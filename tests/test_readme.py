@@ -55,6 +55,7 @@ def test_example(code, folder, tmp_path):
     _run([sys.executable, "-W", "ignore", "-c", code], tmp_path)
 
 
+@pytest.mark.slow
 def test_commands(folder):
     """The commands in their order, as later ones use what earlier ones wrote."""
     project = (ROOT / "pyproject.toml").read_text()

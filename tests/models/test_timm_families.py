@@ -49,6 +49,8 @@ def test_fit(trained):
     assert sum(bool(moment.any()) for moment in moments) > 0.9 * len(moments)
 
 
+@pytest.mark.parametrize("trained", [
+    pytest.param(name, marks=[] if name == "shvit_s1" else pytest.mark.slow) for name in MODELS], indirect=True)
 def test_export(trained, tmp_path, capsys):
     _, size, _, checkpoint = trained
     out = tmp_path / "model.onnx"
