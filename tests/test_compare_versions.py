@@ -19,8 +19,9 @@ def changed(tmp_path_factory):
     shutil.copytree(ROOT / "visionattn", checkout / "visionattn", ignore=shutil.ignore_patterns("__pycache__"))
     file = checkout / "visionattn" / "ops" / "agent" / "fused.py"
     text = file.read_text()
-    assert "    gathered = sdpa_of_few_keys(" in text
-    file.write_text(text.replace("    gathered = sdpa_of_few_keys(", "    v = v * 1.01\n    gathered = sdpa_of_few_keys("))
+    line = "    gathered = sdpa_of_few_keys("
+    assert line in text
+    file.write_text(text.replace(line, f"    v = v * 1.01\n{line}"))
     return checkout
 
 
