@@ -302,3 +302,22 @@ def test_bad_options():
             timm.create_model(NAME, **options)
     with pytest.raises(ValueError, match="global_pool 'catavgmax' doubles the channels"):
         timm.create_model(NAME).reset_classifier(5, "catavgmax")
+
+
+def test_weights_that_meet_padding_alone_have_no_gradient():
+    """In bfloat16 on maps that a kernel reaches beyond, whatever the memory held before."""
+    torch.manual_seed(0)
+    conv = fcaformer.HandingConv2d(24, 24, 7, stride=4, padding=3, groups=24, bias=False)
+    conv.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 24, 2, 2).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        junk = [torch.full((size,), torch.nan) for size in (256, 1176, 1 << 14) for _ in range(50)]
+        del junk
+        conv.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            out = conv(x)
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()
+        assert conv.weight.grad.isfinite().all()
+        assert not conv.weight.grad[..., 0].any()
+        assert conv.weight.grad[..., 3, 3].any()

@@ -27,7 +27,7 @@ from ..layers.checkpointing import checkpointed
 from ..layers.conv_norm import ConvNorm
 from ..layers.forward_cross import resize_offsets
 from ..layers.scripting import unscripted
-from ..ops.dispatch import numbers
+from ..ops.dispatch import no_autocast, numbers
 from ._backbone import Backbone, stage_levels
 from ._blocks import ConvBlock, NormHead, Perceptron, Stage
 from ._builder import build_model, cfg
@@ -35,6 +35,25 @@ from ._family import DenseNorm, Family, Peer
 from ._tables import Grid
 
 __all__ = ["FcaFormer"]
+
+
+class HandingConv2d(nn.Conv2d):
+    """A convolution that learns in float32 where a CPU's autocast or weights are of half precision.
+
+    On maps that its kernel reaches beyond, PyTorch (2.14) leaves the gradients in bfloat16 of weights that meet nothing
+    but padding as the memory was: any numbers.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes maps ``[batch, channels, height, width]`` to smaller ones."""
+        if not torch.jit.is_scripting():
+            autocast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+            half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+            if (autocast or half) and x.dtype != torch.float64 and torch.is_grad_enabled():
+                dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+                with no_autocast("cpu"):
+                    return self._conv_forward(x.float(), self.weight.float(), None).to(dtype)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 @register_notrace_module
@@ -80,7 +99,7 @@ class FcaBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = ForwardCrossAttention(dim, num_heads, size, index, **dd)
         self.ls1 = LayerScale(dim, layer_scale, **dd)
-        self.cross = None if last else nn.Conv2d(dim, dim, 7, stride=4, padding=3, groups=dim, bias=False, **dd)
+        self.cross = None if last else HandingConv2d(dim, dim, 7, stride=4, padding=3, groups=dim, bias=False, **dd)
         self.local_conv = ConvNorm(dim, dim, 3, groups=dim, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp_norm = nn.LayerNorm(dim, **dd)  # after norm2: the authors' perceptron has one of its own
