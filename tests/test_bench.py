@@ -395,15 +395,15 @@ def test_steps_of_training_are_timed_by_their_parts(tmp_path, monkeypatch, capsy
 
 def test_a_model_without_gradients_is_not_timed(monkeypatch):
     monkeypatch.setattr(training, "BESIDE", "test_vit")
-    create = training._create
+    create = timm.create_model
 
-    def broken(name, image_size):
-        model = create(name, image_size)
+    def broken(name, **kwargs):
+        model = create(name, **kwargs)
         if name == "test_dinat":
             model.head.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
         return model
 
-    monkeypatch.setattr(training, "_create", broken)
+    monkeypatch.setattr(timm, "create_model", broken)
     row, = bench.benchmark_training("test_dinat", 1, 64, 1)
     assert row["note"] == "test_dinat: no finite gradient of head.unused"
     assert row["step_ms"] == ""

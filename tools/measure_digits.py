@@ -29,6 +29,7 @@ import torch
 
 from visionattn.cli import main as visionattn
 from visionattn.models import families
+from visionattn.weights import sized_args
 
 __all__ = ["MODELS", "main", "measure", "write_between", "write_table"]
 
@@ -83,7 +84,7 @@ def measure(
         name: str, seed: int, epochs: int, image_size: int, options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The row of one training of a model with these arguments, or with those of :data:`MODELS`."""
-    options = _sized(name, MODELS[name] if options is None else options, image_size)
+    options = sized_args(name, image_size, MODELS[name] if options is None else options)
     with torch.device("meta"):
         parameters = sum(x.numel() for x in timm.create_model(name, num_classes=10, **options).parameters())
     start = time.process_time()
@@ -132,17 +133,6 @@ def write_between(page: Path, start: str, end: str, lines: Sequence[str]) -> Non
     if not found or not found_end:
         raise ValueError(f"{page} needs the lines {start} and {end}")
     page.write_text(f"{before}{start}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")
-
-
-def _sized(name: str, options: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """The arguments for images of this size: some models have tables for one."""
-    sized = options | {"img_size": image_size}
-    try:
-        with torch.device("meta"):
-            timm.create_model(name, num_classes=10, **sized)
-    except TypeError:  # takes images of any size
-        return options
-    return sized
 
 
 if __name__ == "__main__":

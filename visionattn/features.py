@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .heads.probing import map_tokens
 from .runtime.say import say
 
 __all__ = ["kept_features", "tokens_of", "weights_key"]
@@ -32,8 +33,7 @@ def tokens_of(model: Any, images: Tensor) -> Tensor:
     """What ``forward_features`` of a timm model gives, ``[B, N, dim]``: maps as their tokens row by row."""
     features = model.forward_features(images)
     if features.ndim == 4:
-        nhwc = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        features = features.flatten(1, 2) if nhwc else features.flatten(2).mT
+        features = map_tokens(features, getattr(model, "output_fmt", "NCHW"))
     if features.ndim != 3:
         raise ValueError(f"{type(model).__name__} gives features of the shape {tuple(features.shape)}, not tokens or "
                          "maps")

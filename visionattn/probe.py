@@ -9,12 +9,11 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
-import timm
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 from timm.data import resolve_model_data_config
@@ -30,7 +29,7 @@ from .heads.probing import PooledHead, Pooling
 from .runtime.say import say
 from .tasks import ClassificationTask
 from .tasks.classification import create_classifier
-from .weights import check_name
+from .weights import check_name, sized_args
 
 __all__ = ["Found", "main", "probe"]
 
@@ -61,7 +60,7 @@ class Found(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """Features ``[images, tokens, channels]`` and labels ``[images]``."""
+    """Features ``[images, tokens, channels]``, or ``[images, channels]`` pooled, and labels ``[images]``."""
 
     features: np.ndarray
     labels: Tensor
@@ -147,7 +146,7 @@ def probe(
     if epochs < 1 or batch_size < 2:
         raise ValueError(f"epochs must be 1 or more and batch_size 2 or more, got {epochs} and {batch_size}")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model_args = {} if image_size is None or "img_size" not in _cfg_args(model) else {"img_size": image_size}
+    model_args = {} if image_size is None else sized_args(model, image_size)
     backbone: Any = create_classifier(model, checkpoint is None, checkpoint, model_args | {"num_classes": 0})
     backbone.eval().to(chosen)
     module = _data(backbone, root, image_size, batch_size, workers)
@@ -167,7 +166,8 @@ def probe(
         if kind == "knn":
             found.append(_vote(splits, prefix))
             continue
-        head = PooledHead(kind, backbone.num_features, module.num_classes, prefix)  # type: ignore[arg-type]
+        torch.manual_seed(seed)
+        head = PooledHead(cast(Pooling, kind), backbone.num_features, module.num_classes, prefix)
         found.append(_train(head, splits, epochs, batch_size, seed))
         if best is None or found[-1].val_accuracy > best[0].val_accuracy:
             best = found[-1], head
@@ -179,16 +179,6 @@ def probe(
     if best is not None:
         _save(model, model_args, backbone.cpu(), *best, module, out)
     return found
-
-
-def _cfg_args(model: str) -> list[str]:
-    """Arguments by which a model is made for another size of images than its own."""
-    try:
-        with torch.device("meta"):
-            timm.create_model(model, img_size=224)
-    except (TypeError, RuntimeError, ValueError, AssertionError):
-        return []
-    return ["img_size"]
 
 
 def _data(backbone: Any, root: str | Path, image_size: int | None, batch_size: int, workers: int) -> Any:
@@ -214,14 +204,9 @@ def _data(backbone: Any, root: str | Path, image_size: int | None, batch_size: i
 def _train(head: PooledHead, splits: dict[str, _Split], epochs: int, batch_size: int, seed: int) -> Found:
     """Trains a head, which is then as it was in its best epoch."""
     began = time.perf_counter()
+    run: Callable[[Tensor], Tensor] = head
     if head.kind in ("mean", "token"):  # what is pooled does not change
-        splits = {name: _pooled(head, split) for name, split in splits.items()}
-    torch.manual_seed(seed)
-    for module in head.modules():
-        if module is not head and hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
-    torch.nn.init.trunc_normal_(head.fc.weight, std=0.01)  # type: ignore[arg-type]
-    torch.nn.init.zeros_(head.fc.bias)  # type: ignore[arg-type]
+        splits, run = {name: _gathered(head, split) for name, split in splits.items()}, head.classify
     order, train = np.random.default_rng(seed), splits["train"]
     size = min(batch_size, len(train.labels))
     steps, step = math.ceil(len(train.labels) / size), 0
@@ -231,7 +216,7 @@ def _train(head: PooledHead, splits: dict[str, _Split], epochs: int, batch_size:
     best, kept = (-1.0, 0), {}
     for epoch in range(1, epochs + 1):
         head.train()
-        for tokens, labels in train.batches(order.permutation(len(train.labels)), size):
+        for features, labels in train.batches(order.permutation(len(train.labels)), size):
             done = (step - warmup) / max(1, epochs * steps - warmup)
             rate = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * done)) / 2
             for group in optimizer.param_groups:
@@ -240,27 +225,26 @@ def _train(head: PooledHead, splits: dict[str, _Split], epochs: int, batch_size:
             if len(labels) == 1:
                 continue  # of which there is no batch norm
             optimizer.zero_grad()
-            cross_entropy(head(tokens), labels).backward()
+            cross_entropy(run(features), labels).backward()
             optimizer.step()
-        accuracy = _accuracy(head, splits["val"])
+        head.eval()
+        accuracy = _accuracy(run, splits["val"])
         if accuracy > best[0]:
             best, kept = (accuracy, epoch), {key: value.clone() for key, value in head.state_dict().items()}
     head.load_state_dict(kept)
     trained = sum(parameter.numel() for parameter in head.parameters())
-    return Found(head.kind, trained, best[0], _accuracy(head, splits["test"]), best[1], time.perf_counter() - began)
+    return Found(head.kind, trained, best[0], _accuracy(run, splits["test"]), best[1], time.perf_counter() - began)
 
 
-def _pooled(head: PooledHead, split: _Split) -> _Split:
-    """The split with one token an image, after those that its head leaves out."""
-    rows = [head.tokens(tokens).mean(dim=1, keepdim=True).numpy() for tokens, _ in split.batches(None, CHUNK)]
-    lead = 0 if head.kind == "token" else head.num_prefix_tokens
-    return _Split(np.pad(np.concatenate(rows), ((0, 0), (lead, 0), (0, 0))), split.labels)
+def _gathered(head: PooledHead, split: _Split) -> _Split:
+    """The split with pooled features ``[images, channels]``."""
+    rows = [head.gather(tokens).numpy() for tokens, _ in split.batches(None, CHUNK)]
+    return _Split(np.concatenate(rows), split.labels)
 
 
 @torch.inference_mode()
-def _accuracy(head: PooledHead, split: _Split) -> float:
-    head.eval()
-    right = sum((head(tokens).argmax(dim=1) == labels).sum().item() for tokens, labels in split.batches(None, CHUNK))
+def _accuracy(run: Callable[[Tensor], Tensor], split: _Split) -> float:
+    right = sum((run(features).argmax(dim=1) == labels).sum().item() for features, labels in split.batches(None, CHUNK))
     return right / len(split.labels)
 
 

@@ -1,5 +1,7 @@
 """Pictures of what a model attends to."""
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +157,7 @@ def draw_trees(
         root = next(patch for patch, parent in enumerate(parents) if patch == parent)
         paths = [_ancestors(parents, patch) for patch in range(len(parents))]  # from the patch to the root
         subtrees = [child for child, parent in enumerate(parents) if parent == root and child != root]
-        hanging = [sum(patch in path for path in paths) for patch in range(len(parents))]
+        hanging = Counter(chain.from_iterable(paths))  # patches of the subtree of each, itself among them
         places = [((patch % trees.grid[1] + 0.5) * trees.patch[1] - 0.5, (patch // trees.grid[1] + 0.5)
                    * trees.patch[0] - 0.5) for patch in range(len(parents))]
         for child, parent in enumerate(parents):

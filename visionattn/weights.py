@@ -19,7 +19,8 @@ from torch import Tensor
 from . import models  # noqa: F401  (registers the zoo in timm)
 from .models._builder import allow_options
 
-__all__ = ["check_name", "classes_of", "fitting", "imagenet_names", "read_checkpoint", "timm_model"]
+__all__ = ["check_name", "classes_of", "fitting", "imagenet_names", "read_checkpoint", "sized_args",
+           "timm_model"]
 
 
 def check_name(name: str) -> None:
@@ -49,6 +50,17 @@ def timm_model(name: str, drop_path_rate: float | None = None, **args: Any) -> A
             rank_zero_info(f"{name} has no stochastic depth: drop_path_rate ({drop_path_rate}) is left out.")
             return timm_model(name, **args)
         raise ValueError(f"{name} does not take these model_args: {error}") from error
+
+
+def sized_args(name: str, image_size: int, args: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments of a model for images of this size: with ``img_size`` where it has tables for one."""
+    args = args or {}
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **args, img_size=image_size)
+    except TypeError:  # takes images of any size
+        return args
+    return args | {"img_size": image_size}
 
 
 def imagenet_names(model: Any) -> list[str]:

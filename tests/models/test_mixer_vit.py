@@ -52,7 +52,7 @@ def test_merged_tokens():
     assert backbone.feature_info.reduction() == [8, 16, 32]
     assert [x.shape[1:] for x in backbone(images())] == [(48, 5, 7), (48, 3, 4), (48, 2, 2)]
     model = timm.create_model("test_mixer_vit", **options).train()
-    assert not model.blocks[1].merge.score.any()
+    assert not model.blocks[1].downsample.score.any()
     model(images(2)).square().sum().backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
     model.set_grad_checkpointing()

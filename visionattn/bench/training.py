@@ -21,6 +21,7 @@ from ..data.image_folder import ImageFolderData
 from ..export.check import photographs
 from ..layers import checkpoint_attention
 from ..models import families
+from ..weights import sized_args
 from .machine import figure, synchronize
 from .timing import peak_memory
 
@@ -149,7 +150,8 @@ class Step:
     def __init__(self, name: str, batch: int, image_size: int, device: str, form: str = "eager"):
         torch.manual_seed(0)
         self.device = device
-        self.model = _create(name, image_size).to(device).train()
+        model: Any = timm.create_model(name, num_classes=CLASSES, **sized_args(name, image_size))
+        self.model = model.to(device).train()
         self.count = sum(parameter.numel() for parameter in self.model.parameters())
         if form == "attention":
             checkpoint_attention(self.model)
@@ -199,17 +201,6 @@ class Step:
     def _now(self) -> float:
         synchronize(self.device)
         return time.perf_counter()
-
-
-def _create(name: str, image_size: int) -> Any:
-    """The model for images of this size: some have tables for one."""
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and cfg.input_size[1] != image_size:
-        try:
-            return timm.create_model(name, num_classes=CLASSES, img_size=image_size)
-        except TypeError:  # takes images of any size
-            pass
-    return timm.create_model(name, num_classes=CLASSES)
 
 
 def _take_turns(steps: Mapping[str, Step], repeat: int) -> dict[tuple[str, str], list[float]]:

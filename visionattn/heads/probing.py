@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EfficientProbing", "MultiHeadPooling", "PooledHead", "Pooling", "pool_tokens"]
+__all__ = ["EfficientProbing", "MultiHeadPooling", "PooledHead", "Pooling", "map_tokens", "pool_tokens"]
 
 Pooling = Literal["mean", "token", "attention", "ep", "ep_all"]
 QUERIES = 32  # the paper's best
@@ -127,17 +127,29 @@ class PooledHead(nn.Module):
     def tokens(self, features: Tensor) -> Tensor:
         """The tokens ``[B, N, dim]`` that are pooled, of features ``[B, N, dim]`` or maps."""
         if features.ndim == 4:
-            return features.flatten(1, 2) if self.output_fmt == "NHWC" else features.flatten(2).mT
+            return map_tokens(features, self.output_fmt)
         if self.kind == "token":
             return features[:, :1]
         return features if self.kind == "ep_all" else features[:, self.num_prefix_tokens:]
 
+    def gather(self, features: Tensor) -> Tensor:
+        """Pooled features ``[B, dim]``; of ``mean`` and ``token`` nothing in it is learned."""
+        tokens = self.tokens(features)
+        return tokens.mean(dim=1) if isinstance(self.pool, nn.Identity) else self.pool(tokens)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of pooled features."""
+        return self.fc(self.norm(pooled))
+
     def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits ``[B, classes]``, or with ``pre_logits`` what the classifier is given, ``[B, dim]``."""
-        tokens = self.tokens(features)
-        pooled = tokens.mean(dim=1) if isinstance(self.pool, nn.Identity) else self.pool(tokens)
-        pooled = self.norm(pooled)
-        return pooled if pre_logits else self.fc(pooled)
+        pooled = self.gather(features)
+        return self.norm(pooled) if pre_logits else self.classify(pooled)
+
+
+def map_tokens(x: Tensor, output_fmt: str) -> Tensor:
+    """The tokens ``[B, H * W, dim]`` of maps, row by row; ``output_fmt`` is ``NCHW`` or ``NHWC``."""
+    return x.flatten(1, 2) if output_fmt == "NHWC" else x.flatten(2).mT
 
 
 def pool_tokens(model: Any, kind: Pooling, num_classes: int) -> Any:
@@ -162,10 +174,15 @@ def pool_tokens(model: Any, kind: Pooling, num_classes: int) -> Any:
         kind, model.num_features, num_classes, getattr(model, "num_prefix_tokens", 0),
         getattr(model, "output_fmt", "NCHW"), device=first.device, dtype=first.dtype)
     model.pooled_head = head
-    model.forward_head = partial(_forward_head, head)  # no bound method: copies and pickles would call the wrong head
+    # No bound methods: copies and pickles would call the wrong head.
+    model.forward_head, model.get_classifier = partial(_forward_head, head), partial(_itself, head)
     model.num_classes, model.head_hidden_size = num_classes, model.num_features
     return model
 
 
 def _forward_head(head: PooledHead, features: Tensor, pre_logits: bool = False) -> Tensor:
     return head(features, pre_logits)
+
+
+def _itself(head: PooledHead) -> PooledHead:
+    return head

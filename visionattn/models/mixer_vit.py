@@ -26,7 +26,7 @@ from ..layers import (
     UnionOfExpertsAttention,
 )
 from ._backbone import Backbone
-from ._blocks import Block
+from ._blocks import PooledBlock
 from ._builder import build_model, cfg
 from ._family import Family, Peer, same_names
 from ._tables import Grid, PositionEmbedding
@@ -52,20 +52,6 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "gaam": lambda dim, heads, grid, **options: GaussianAdaptiveAttention(dim, heads, **options),
     "combiner": lambda dim, heads, grid, **options: CombinerAttention(dim, heads, **options),
 }
-
-
-class MergingBlock(Block):
-    """:class:`Block` on a map whose tokens are merged before it; takes the same arguments."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, *, device=None, dtype=None, **kwargs: Any):
-        super().__init__(dim, attn, mlp_ratio, device=device, dtype=dtype, **kwargs)
-        self.merge = TokenMerging(dim, device=device, dtype=dtype)
-
-    def branches(self, x: Tensor) -> Tensor:
-        """What the block computes."""
-        x = self.merge(x)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class MixerViT(Backbone):
@@ -140,10 +126,10 @@ class MixerViT(Backbone):
 
         def block(i: int) -> nn.Module:
             size = -(-grid[0] // 2 ** merges[i]), -(-grid[1] // 2 ** merges[i])
-            make = MergingBlock if i in merge_after else Block
-            return make(
+            return PooledBlock(
                 embed_dim, _make(mixer, embed_dim, num_heads, size, mixer_args, dd), mlp_ratio,
-                proj_drop=proj_drop_rate, drop_path=drop_paths[i], norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
+                downsample=TokenMerging(embed_dim, **dd) if i in merge_after else None, proj_drop=proj_drop_rate,
+                drop_path=drop_paths[i], norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
 
         self.blocks = nn.Sequential(*[block(i) for i in range(depth)])
         self.finish(embed_dim, num_classes, global_pool, drop_rate, norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .dispatch import exporting
 
-__all__ = ["check_sizes", "known_range", "shapes"]
+__all__ = ["check_alike", "check_sizes", "known_range", "shapes"]
 
 
 def shapes(**tensors: Tensor) -> str:
@@ -17,6 +17,16 @@ def check_sizes(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if 0 in x.shape[1:]:
             raise ValueError(f"only the batch may be empty, but {name} is {list(x.shape)}")
+
+
+def check_alike(q: Tensor, **others: Tensor) -> None:
+    """Raises a ValueError if q is not floating point, or another tensor has not its dtype and device."""
+    if not q.dtype.is_floating_point:
+        *first, last = others
+        raise ValueError(f"{', '.join(['q', *first])} and {last} must be floating point, got {q.dtype}")
+    for name, x in others.items():
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
 
 
 def known_range(index: Tensor) -> tuple[int, int] | None:

@@ -100,9 +100,7 @@ class Task(pl.LightningModule):
         if self.args.clip_agc is None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        head = getattr(self.model, "pooled_head", None)
-        if head is None and hasattr(self.model, "get_classifier"):
-            head = self.model.get_classifier()
+        head = self.model.get_classifier() if hasattr(self.model, "get_classifier") else None
         exempt = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
         adaptive_clip_grad(
             [parameter for parameter in self.model.parameters() if id(parameter) not in exempt], self.args.clip_agc)

@@ -7,7 +7,7 @@ models pool them from the queries with :func:`pool_agents`.
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, shapes
+from ..checks import check_alike, check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import fused, naive
 from .cases import CASES, AgentProblem
@@ -80,11 +80,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> None:
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must have k's batch, tokens and heads: got {shapes(q=q, k=k, v=v, agents=agents)}")
     check_sizes(q=q, k=k, v=v, agents=agents)
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k, v and agents must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v), ("agents", agents)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v, agents=agents)
 
 
 def _check_bias(name: str, bias: Tensor | None, shape: tuple[int, ...], q: Tensor) -> None:

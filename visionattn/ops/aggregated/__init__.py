@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..checks import check_sizes, shapes
+from ..checks import check_alike, check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from ..recording import unit_values
 from . import naive, shifted, triton_backend
@@ -121,11 +121,7 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Ten
         raise ValueError(f"q and k must both be [batch, height, width, heads, head_dim]: got {maps}")
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v must have k's batch, height, width and heads: got {maps}")
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v), ("pooled_k", pooled_k), ("pooled_v", pooled_v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v, pooled_k=pooled_k, pooled_v=pooled_v)
     if pooled_k.ndim != 4 or pooled_k.shape[0] != q.shape[0] or pooled_k.shape[2:] != q.shape[3:] \
             or pooled_v.shape[:-1] != pooled_k.shape[:-1] or pooled_v.shape[-1] != v.shape[-1]:
         raise ValueError(f"pooled_k and pooled_v must be [batch, tokens, heads, head_dim or value_dim]: got {pooled} "

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, shapes
+from ..checks import check_alike, check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from ..recording import unit_values
 from . import blocked, naive
@@ -118,11 +118,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Tensor]) -> None:
         raise ValueError("q, k and v must be [batch, rows, columns, heads, head_dim] of one size (value_dim may "
                          f"differ): got {shapes(q=q, k=k, v=v)}")
     check_sizes(q=q, k=k, v=v)
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v), *given.items()):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v, **given)
     for name, x in given.items():
         wanted = v.shape if name == "summary_v" else q.shape
         if x.shape != wanted:

@@ -4,14 +4,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..dispatch import numbers, standard_only
+from ..dispatch import numbers
 from ..recording import current_recorder
-from ..sdpa import sdpa
+from ..sdpa import sdpa_of_few_keys
 
 __all__ = ["row_attention", "run"]
-
-# With fewer keys, a vector's width, PyTorch's CPU kernel (2.15) takes three times as long, and loses NaN.
-_FEW_KEYS = 16
 
 
 def run(
@@ -112,9 +109,7 @@ def _windows(
     k, v = (torch.cat([own, shared[:, :, None].expand(-1, -1, windows, -1, -1)], dim=3).flatten(0, 1)
             for own, shared in ((k, pooled(summary_k)), (v, summary_v)))
     mask = None
-    few = _FEW_KEYS - tokens - windows if isinstance(windows, int) else 0
-    few = few if few > 0 and not standard_only(q, k, v) else 0
-    if few or count_bias or causal or not whole:
+    if count_bias or causal or not whole:
         own = torch.zeros(windows, 1, tokens, dtype=q.dtype, device=device).masked_fill(~exists[:, None], -torch.inf)
         bias = count.to(q.dtype).log() if count_bias else torch.zeros_like(count, dtype=q.dtype)
         mask = torch.cat([own, bias.expand(windows, 1, windows)], dim=-1)
@@ -123,9 +118,8 @@ def _windows(
             later = (place > place[:, None]).expand(windows, -1, -1)
             later = torch.cat([later, (window >= window[:, None])[:, None].expand(-1, tokens, -1)], dim=-1)
             mask = torch.where(later, -torch.inf, mask)
-        k, v, mask = F.pad(k, (0, 0, 0, few)), F.pad(v, (0, 0, 0, few)), F.pad(mask, (0, few), value=-torch.inf)
-        mask = mask.expand(windows, tokens, -1)[None]
-    out = sdpa(q.flatten(0, 1), k, v, mask, scale=1.).unflatten(0, q.shape[:2])
+        mask = mask.expand(windows, tokens, -1)
+    out = sdpa_of_few_keys(q.flatten(0, 1), k, v, mask, scale=1.).unflatten(0, q.shape[:2])
     out = out.unflatten(3, size).unflatten(2, grid).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return out[:, :, :height, :width]
 

@@ -8,7 +8,7 @@ which :func:`merge_tiles` is here.
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, shapes
+from ..checks import check_alike, check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import merged, naive
 from .cases import CASES, FactorizedProblem
@@ -84,8 +84,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int, dilations: tuple[int, .
         raise ValueError(f"dilations must be positive ints, got {dilations!r}")
     if q.shape[3] % len(dilations):
         raise ValueError(f"{len(dilations)} dilations must divide the {q.shape[3]} heads into equal shares")
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v)

@@ -6,7 +6,7 @@ memory are linear in the number of queries and keys.
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, shapes
+from ..checks import check_alike, check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import linear, naive
 from .cases import CASES, FlowProblem
@@ -81,8 +81,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
     if is_causal and q.shape[1] != k.shape[1]:
         raise ValueError(f"causal attention needs as many keys as queries: got {shapes(q=q, k=k)}")
     check_sizes(q=q, k=k, v=v)
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v)

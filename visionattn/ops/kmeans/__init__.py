@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, known_range, shapes
+from ..checks import check_alike, check_sizes, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from ..recording import unit_values
 from . import gathered, naive
@@ -106,11 +106,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"k must have the shape of q, and v its batch, tokens and heads: got {shapes(q=q, k=k, v=v)}")
     check_sizes(q=q, v=v)
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v)
 
 
 def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> bool:

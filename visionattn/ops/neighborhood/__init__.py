@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..checks import check_sizes
+from ..checks import check_alike, check_sizes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from ..recording import unit_values
 from . import halo, naive, natten_backend, triton_backend
@@ -145,8 +145,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values:
     check_sizes(q=q, k=k, v=v)
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(f"the {k.shape[-2]} heads of k must divide the {q.shape[-2]} heads of q")
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
     if (keys is None) != (values is None):
         raise ValueError("additional_keys and additional_values go together; only one was given")
     others = {"k": k, "v": v}
@@ -157,9 +155,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values:
             raise ValueError(
                 "additional_keys and additional_values must be [batch, tokens, kv_heads, head_dim or value_dim]: "
                 f"got {_shape(keys)} and {_shape(values)} beside k {_shape(k)}")
-    for name, x in others.items():
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, **others)
 
 
 def _check_windows(spatial: Sequence[int], kernel_size: tuple, dilation: tuple, stride: tuple) -> None:

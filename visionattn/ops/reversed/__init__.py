@@ -7,7 +7,7 @@ a sender's message (the paper's head selector and message controller) is the cal
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, shapes
+from ..checks import check_alike, check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import blocked, naive
 from .cases import CASES, ReversedProblem
@@ -75,8 +75,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> None:
     if weights.shape != q.shape[:3]:
         raise ValueError(f"weights must be [batch, senders, heads] = {list(q.shape[:3])}, got {list(weights.shape)}")
     check_sizes(q=q, k=k, v=v)
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v), ("weights", weights)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v, weights=weights)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..checks import check_sizes, known_range, shapes
+from ..checks import check_alike, check_sizes, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import gathered, naive, triton_backend
 from .cases import CASES, RoutedProblem
@@ -90,11 +90,7 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[in
         raise ValueError(f"k must have q's batch, heads and head_dim: got {shapes(q=q, k=k, v=v)}")
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v must have k's batch, spatial shape and heads: got {shapes(q=q, k=k, v=v)}")
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v)
     check_sizes(q=q, k=k, v=v)
     if len(region_size) != 2 or not (_is_size(region_size[0]) and _is_size(region_size[1])):
         raise ValueError(f"region_size must be a positive int or two of them, got {region_size}")

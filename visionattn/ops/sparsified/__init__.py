@@ -7,7 +7,7 @@ this project's: their keys are gathered once. Which keys a list holds is the cal
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, known_range, shapes
+from ..checks import check_alike, check_sizes, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import gathered, naive
 from .cases import CASES, SparsifiedProblem
@@ -69,11 +69,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> None:
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must have k's batch, tokens and heads: got {shapes(k=k, v=v)}")
     check_sizes(q=q, k=k, v=v)
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v)
     if index.ndim != 4 or index.shape[0] != q.shape[0] or index.shape[1] != q.shape[2]:
         raise ValueError(f"index must be [batch, heads, groups, chosen] with q's batch and heads: got "
                          f"{shapes(index=index, q=q)}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_sizes, shapes
+from ..checks import check_alike, check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import naive, sampled
 from .cases import CASES, VariedWindowProblem
@@ -92,11 +92,7 @@ def _check_maps(q: Tensor, k: Tensor, v: Tensor, window: tuple) -> None:
     if k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"k must have the shape of q, and v its batch, map and heads: got {shapes(q=q, k=k, v=v)}")
     check_sizes(q=q, v=v)
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    check_alike(q, k=k, v=v)
     if len(window) != 2 or not all(isinstance(side, int) and side >= 1 for side in window):
         raise ValueError(f"window_size must be a positive int or two of them, got {window}")
     if q.shape[1] % window[0] or q.shape[2] % window[1]:
