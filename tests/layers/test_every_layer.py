@@ -35,6 +35,7 @@ from visionattn.layers import (
     TokenAwarePooling,
     TokenMerging,
     UnionOfExpertsAttention,
+    UnionOfPerceptrons,
     VariedSizeWindowAttention,
     auxiliary_losses,
 )
@@ -74,6 +75,7 @@ LAYERS = {
     "neighborhood, padded": lambda: NeighborhoodAttention2d(12, 2, 3, dilation=3, **D),
     "token pooling": lambda: TokenAwarePooling(12, 3, **D),
     "union": lambda: UnionOfExpertsAttention(12, 3, topk=2, **D),
+    "union, perceptrons": lambda: UnionOfPerceptrons(12, 12, 3, **D),
     "reversed": lambda: ReversedAttention(12, 2, **D),
     "message controller": lambda: MessageController(12, **D),
     "varied window": lambda: VariedSizeWindowAttention(12, 2, (3, 5), **D),

@@ -12,19 +12,25 @@ OPTIONS = {  # of mixers that need some for maps as small as these
 }
 
 
-def make(mixer, depth=2, **options):
+def make(mixer, depth=2, mlp="plain", **options):
     torch.manual_seed(0)
     return timm.create_model(
-        "test_mixer_vit", num_classes=5, depth=depth, mixer=mixer, mixer_args=OPTIONS.get(mixer, {}) | options).eval()
+        "test_mixer_vit", num_classes=5, depth=depth, mixer=mixer, mixer_args=OPTIONS.get(mixer, {}) | options,
+        mlp=mlp).eval()
+
+
+def make_any(name, depth=2):
+    """The model of a mixer, or of full attention with perceptrons as experts."""
+    return make("full", depth, mlp="uoe") if name == "perceptrons" else make(name, depth)
 
 
 def images(batch=1, height=40, width=56, seed=1):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "perceptrons"])
 def test_an_image_does_not_depend_on_its_batch_mates(mixer):
-    model = make(mixer)
+    model = make_any(mixer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -36,9 +42,9 @@ def test_an_image_does_not_depend_on_its_batch_mates(mixer):
         assert model(images(1, 17, 100)).isfinite().all()  # 3 x 13 patches, the last ones padded
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "perceptrons"])
 def test_all_that_a_mixer_has_learns(mixer):
-    model = make(mixer).train()
+    model = make_any(mixer).train()
     (model(images(2)).square().sum() + sum(auxiliary_losses(model).values())).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
@@ -62,9 +68,9 @@ def test_merged_tokens():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "perceptrons"])
 def test_exported_file_agrees_with_eager(mixer, tmp_path):
-    report = export.export_onnx(make(mixer, depth=1), tmp_path / "model.onnx", (40, 56))
+    report = export.export_onnx(make_any(mixer, depth=1), tmp_path / "model.onnx", (40, 56))
     assert report.difference <= 1e-4
 
 
@@ -86,3 +92,5 @@ def test_bad_arguments():
         make("fast")
     with pytest.raises(ValueError, match="mixer_args do not fit mixer 'full': .* unexpected keyword argument 'window'"):
         make("full", window=7)
+    with pytest.raises(ValueError, match="mlp must be one of plain, uoe, got 'gated'"):
+        make("full", mlp="gated")

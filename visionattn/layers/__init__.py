@@ -20,7 +20,7 @@ from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
 from .reversed import MessageController, ReversedAttention
 from .token_pooling import TokenAwarePooling
-from .uoe import UnionOfExpertsAttention
+from .uoe import UnionOfExpertsAttention, UnionOfPerceptrons
 from .varied_window import VariedSizeWindowAttention, vary_windows
 from .window import WindowAttention
 
@@ -51,6 +51,7 @@ __all__ = [
     "TokenAwarePooling",
     "TokenMerging",
     "UnionOfExpertsAttention",
+    "UnionOfPerceptrons",
     "VariedSizeWindowAttention",
     "WindowAttention",
     "attach_attention",

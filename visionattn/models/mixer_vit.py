@@ -24,14 +24,15 @@ from ..layers import (
     NeighborhoodAttention2d,
     TokenMerging,
     UnionOfExpertsAttention,
+    UnionOfPerceptrons,
 )
 from ._backbone import Backbone
-from ._blocks import PooledBlock
+from ._blocks import Perceptron, PooledBlock
 from ._builder import build_model, cfg
 from ._family import Family, Peer, same_names
 from ._tables import Grid, PositionEmbedding
 
-__all__ = ["MIXERS", "MixerViT"]
+__all__ = ["MIXERS", "PERCEPTRONS", "MixerViT"]
 
 
 def _agent(dim: int, num_heads: int, grid: Grid, agents: int = 7, **options: Any) -> nn.Module:
@@ -52,6 +53,8 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {
     "gaam": lambda dim, heads, grid, **options: GaussianAdaptiveAttention(dim, heads, **options),
     "combiner": lambda dim, heads, grid, **options: CombinerAttention(dim, heads, **options),
 }
+# Each makes the perceptron of a block: ``PERCEPTRONS[name](dim, hidden_dim, drop=rate)``.
+PERCEPTRONS: dict[str, Callable[..., nn.Module]] = {"plain": Perceptron, "uoe": UnionOfPerceptrons}
 
 
 class MixerViT(Backbone):
@@ -72,6 +75,7 @@ class MixerViT(Backbone):
         mixer: What mixes the tokens, a key of :data:`MIXERS`.
         mixer_args: Options of the mixer: arguments of its layer.
         merge_after: Numbers of blocks, from 1 on, after which cells of 2 x 2 tokens become one, in ascending order.
+        mlp: What the perceptrons are, a key of :data:`PERCEPTRONS`.
         mlp_ratio: Width of the perceptrons' hidden layer, in ``embed_dim``.
         drop_rate: Dropout rate before the classifier.
         proj_drop_rate: Dropout rate in the perceptrons.
@@ -80,7 +84,8 @@ class MixerViT(Backbone):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: There is no such mixer, its options do not fit, or there are no such blocks to merge after.
+        ValueError: There is no such mixer or perceptron, its options do not fit, or there are no such blocks to merge
+            after.
     """
 
     parts = "blocks"
@@ -99,6 +104,7 @@ class MixerViT(Backbone):
             mixer: str = "full",
             mixer_args: Mapping[str, Any] | None = None,
             merge_after: Sequence[int] = (),
+            mlp: str = "plain",
             mlp_ratio: float = 4.,
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
@@ -109,6 +115,8 @@ class MixerViT(Backbone):
         super().__init__()
         if mixer not in MIXERS:
             raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {mixer!r}")
+        if mlp not in PERCEPTRONS:
+            raise ValueError(f"mlp must be one of {', '.join(PERCEPTRONS)}, got {mlp!r}")
         if list(merge_after) != sorted(set(merge_after)) or not all(0 < after < depth for after in merge_after):
             raise ValueError(f"merge_after must be ascending numbers of 1 to {depth - 1}, got {list(merge_after)}")
         dd = {"device": device, "dtype": dtype}
@@ -129,7 +137,7 @@ class MixerViT(Backbone):
             return PooledBlock(
                 embed_dim, _make(mixer, embed_dim, num_heads, size, mixer_args, dd), mlp_ratio,
                 downsample=TokenMerging(embed_dim, **dd) if i in merge_after else None, proj_drop=proj_drop_rate,
-                drop_path=drop_paths[i], norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
+                drop_path=drop_paths[i], norm_layer=partial(nn.LayerNorm, eps=1e-6), mlp_layer=PERCEPTRONS[mlp], **dd)
 
         self.blocks = nn.Sequential(*[block(i) for i in range(depth)])
         self.finish(embed_dim, num_classes, global_pool, drop_rate, norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
