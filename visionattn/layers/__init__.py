@@ -8,6 +8,7 @@ from .cascaded_group import CascadedGroupAttention
 from .checkpointing import checkpoint_attention
 from .cnn_attention import EfficientLocalAttention, LittleBitAttention, SubspaceAttention, attach_attention
 from .combiner import CombinerAttention
+from .experts import ExpertAttention, ExpertMlp, TaskRouter, cut_to_task, set_task
 from .factorized import FactorizedAttention
 from .flow import FlowAttention
 from .forward_cross import ForwardCrossAttention
@@ -33,6 +34,8 @@ __all__ = [
     "CombinerAttention",
     "CosineAttention",
     "EfficientLocalAttention",
+    "ExpertAttention",
+    "ExpertMlp",
     "FactorizedAttention",
     "FlowAttention",
     "ForwardCrossAttention",
@@ -48,6 +51,7 @@ __all__ = [
     "NeighborhoodAttention2d",
     "ReversedAttention",
     "SubspaceAttention",
+    "TaskRouter",
     "TokenAwarePooling",
     "TokenMerging",
     "UnionOfExpertsAttention",
@@ -58,8 +62,10 @@ __all__ = [
     "attention_maps",
     "auxiliary_losses",
     "checkpoint_attention",
+    "cut_to_task",
     "gaam",
     "group_heads",
+    "set_task",
     "to_gqa",
     "vary_windows",
 ]

@@ -253,13 +253,17 @@ def standard_only(*tensors: Tensor | None) -> bool:
     return exporting() or transforming() or in_forward_mode(*tensors)
 
 
-def concrete(*tensors: Tensor) -> bool:
-    """Whether values of tensors can be looked at: of real ones on the CPU, that are not being traced or transformed."""
+def concrete(*tensors: Tensor, devices: bool = False) -> bool:
+    """Whether values of tensors can be looked at: of real ones on the CPU, that are not being traced or transformed.
+
+    With ``devices`` also of those on accelerators, which are waited for.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or transforming():
         return False
-    return all(x.device.type == "cpu" and type(x) is Tensor and x.numel() > 0 for x in tensors)
+    return all((x.device.type == "cpu" or (devices and not x.is_meta)) and type(x) is Tensor and x.numel() > 0
+               for x in tensors)
 
 
 def untraced() -> contextlib.AbstractContextManager:
