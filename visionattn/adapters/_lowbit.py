@@ -70,7 +70,8 @@ class LowBitLinear(nn.Module):
             raise ValueError(f"{out_features} x {in_features} weights of {bits} bits do not fill whole bytes: take "
                              f"another width, or a number of weights that is a multiple of {8 // bits}")
         for name, values in zip(("levels", "boundaries"), codebook(bits), strict=True):
-            self.register_buffer(name, values.to(self.weight.device, self.weight.dtype), persistent=False)
+            values = values.clone().to(self.weight.device, self.weight.dtype)  # exporters refuse shared ones
+            self.register_buffer(name, values, persistent=False)
 
     @property
     def num_bytes(self) -> int:

@@ -4,16 +4,17 @@ Paper: "Revisiting the Parameter Efficiency of Adapters from the Perspective of 
 2307.16867). Official code: JieShibo/PETL-ViT, MIT.
 """
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, classifiers
+from ._adapter import Adapter, active_label, adapters_of, classifiers, head_state
 from ._lowbit import BITS, LowBitLinear
 from ._places import find_attention, find_blocks
 
-__all__ = ["OneBit"]
+__all__ = ["OneBit", "load_headerless", "save_headerless"]
 
 DROPOUT = 0.1
 
@@ -129,6 +130,81 @@ class OneBit(Adapter):
             raise ValueError(f"bihead takes the place of a linear classifier, and {type(backbone).__name__} has "
                              f"{', '.join(type(head).__name__ for head in found) or 'none'}: leave bihead out")
         return found[0]
+
+
+def save_headerless(model: Any, path: str | Path) -> int:
+    """Writes the low-bit adapter that a model works with as its authors do: packed matrices and head, nothing else.
+
+    Nothing in such a file says what it is of; :func:`visionattn.adapters.save` writes one that does.
+
+    Args:
+        model: The model.
+        path: Of the file.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        ValueError: The model works with no adapter of this kind, or with one of plain weights, of which the authors'
+            files have none.
+    """
+    adapter = adapters_of(model).get(active_label(model) or "")
+    if not isinstance(adapter, OneBit):
+        raise ValueError("the model works with no adapter of the kind onebit")
+    _check_headerless(adapter)
+    parts = [adapter.tensors()["packed"]]
+    if not adapter.owns_head:
+        parts += [x.detach().cpu().float().flatten().view(torch.uint8) for x in head_state(model).values()]
+    content = torch.cat(parts).numpy().tobytes()
+    Path(path).write_bytes(content)
+    return len(content)
+
+
+def load_headerless(model: Any, path: str | Path, label: str = "onebit", **options: Any) -> OneBit:
+    """Gives a timm model the low-bit adapter and head of a file of the authors', which it works with from now on.
+
+    Args:
+        model: The model that the adapter was trained on; changed in place. Its head gets the file's number of classes.
+        path: Of the file.
+        label: What the adapter is called on this model.
+        options: Those of :class:`OneBit` that the file is of.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ValueError: The file's size does not fit the model and the options.
+        FileNotFoundError: There is no such file.
+    """
+    adapter = OneBit(**options)
+    _check_headerless(adapter)
+    content = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+    probe = OneBit(**options | {"bihead": False})
+    with torch.device("meta"):
+        probe.inject(model)
+    probe.detach()
+    head = adapter._head_of(model)
+    size = sum(matrix.num_bytes for matrix in probe.matrices())
+    rest, width = len(content) - size, head.in_features
+    classes = (rest - 8) * 8 // width if adapter.owns_head else rest // (4 * (width + 1))
+    whole = classes * width // 8 + 8 if adapter.owns_head else classes * 4 * (width + 1)
+    if classes < 1 or rest != whole:
+        raise ValueError(f"{path} has {len(content)} bytes: not {size} of an adapter with these options on this "
+                         f"{type(model).__name__} and a head of {width} channels after them")
+    weight = torch.zeros(classes, width)
+    bias = torch.zeros(classes)
+    if not adapter.owns_head:
+        numbers = content[size:].clone().view(torch.float32)
+        weight, bias = numbers[:-classes].view(classes, width), numbers[-classes:]
+    tensors = {key: weight if key.endswith("weight") else bias for key in head_state(model)}
+    adapter.attach(model, label, tensors)
+    adapter.load_tensors({"packed": content if adapter.owns_head else content[:size]})
+    return adapter
+
+
+def _check_headerless(adapter: OneBit) -> None:
+    if adapter.options["bits"] == 32:
+        raise ValueError("the authors' files have no adapters of 32 bits, only their heads")
 
 
 class Bottleneck(nn.Module):
