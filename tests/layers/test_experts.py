@@ -61,7 +61,7 @@ def test_golden(grouped, monkeypatch):
             layer.fc1_bias.copy_(random(seed + 2, (count, width), 0.1))
             layer.fc2.copy_(random(seed + 3, (count, width, dim), 0.3))
             layer.fc2_bias.copy_(random(seed + 4, (count, dim), 0.1))
-            layer.router.weight[0].copy_(random(seed + 5, (count, dim), 0.5))
+            layer.router.weight_0.copy_(random(seed + 5, (count, dim), 0.5))
         x = random(seed, (case["tokens"], dim))
         assert layer.router(x)[1].tolist() == case["chosen"]
         assert_equals(layer(x), case["out"])
@@ -73,7 +73,7 @@ def test_golden(grouped, monkeypatch):
             layer.proj.copy_(random(seed + 2, (count, width, dim), 0.3))
             layer.kv.weight.copy_(random(seed + 3, (2 * width, dim), 0.3))
             layer.kv.bias.copy_(random(seed + 4, (2 * width,), 0.1))
-            layer.router.weight[0].copy_(random(seed + 5, (count, dim), 0.5))
+            layer.router.weight_0.copy_(random(seed + 5, (count, dim), 0.5))
         x = random(seed, (1, case["tokens"], dim))
         assert layer.router(x)[1][0].tolist() == case["chosen"]
         assert_equals(layer(x), case["out"])
@@ -99,8 +99,8 @@ def test_the_grouped_form_is_the_naive_one(kind, training, monkeypatch):
     layer, x = make(kind, tasks=("a", "b")).train(training), golden.random(0, (3, 5, 12))
     set_task(layer, "b")
     with torch.no_grad():
-        layer.router.weight[1][4] = 0
-        layer.router.weight[1][4, 0] = -1e3
+        layer.router.weight_1[4] = 0
+        layer.router.weight_1[4, 0] = -1e3
         x[..., 0] = 1
     results = []
     for grouped in (True, False):
@@ -141,7 +141,7 @@ def test_each_task_has_a_router():
     first = layer(x)
     set_task(layer, "b")
     assert not torch.allclose(layer(x), first)
-    layer.router.weight[0].zero_()
+    layer.router.weight_0.zero_()
     other = layer(x)
     set_task(layer, "a")
     assert layer.router(x)[1].unique().tolist() == [0, 1]  # of equal ones the first
@@ -164,8 +164,8 @@ def test_noise_in_training_alone():
     assert not torch.equal(layer(x), layer(x))
     twin = copy.deepcopy(layer)
     with torch.no_grad():
-        twin.router.weight[0].zero_()
-        twin.router.noise_weight[0].zero_()
+        twin.router.weight_0.zero_()
+        twin.router.noise_0.zero_()
     torch.manual_seed(0)
     chosen = twin.router(golden.random(1, (4000, 12)))[1]
     assert chosen.flatten().bincount(minlength=6).float().std() < 80  # equal experts, of 1333 choices each
@@ -200,7 +200,7 @@ def test_mutual_information_takes_the_other_tasks_last_batch():
     layer(2 * x[:, :4])
     loss = auxiliary_losses(layer)["expert_information"]
     sums = [((t @ w.T).softmax(dim=-1) + 1e-4).sum(dim=(0, 1))
-            for t, w in zip((x, 2 * x[:, :4]), layer.router.weight, strict=True)]
+            for t, w in zip((x, 2 * x[:, :4]), layer.router.parameters(), strict=True)]
     torch.testing.assert_close(loss, 5e-4 * experts.mutual_information_loss(torch.stack(sums), 28))
 
 
@@ -246,7 +246,7 @@ def test_a_cut_layer_is_the_masked_one(kind, grouped, monkeypatch):
     torch.testing.assert_close(cut(x), expected, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(before, expected)
     least = cut_to_task(model, "b", 1.)
-    assert torch.equal(least[0].router.weight[0], layer.router.weight[1][[1, 5]])  # what a token needs
+    assert torch.equal(least[0].router.weight_0, layer.router.weight_1[[1, 5]])  # what a token needs
     torch.testing.assert_close(cut_to_task(model, "b", 0.)(x), before)
     cut.train()(x).sum().backward()
     with pytest.raises(ValueError, match="know the tasks b, got 'a'"):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from ..ops.dispatch import concrete, no_autocast, transforming
+from ..ops.dispatch import concrete, no_autocast, numbers, transforming
 from .auxiliary import AuxiliaryLosses, in_backward
 from .full import attend
 from .scripting import unscripted
@@ -160,9 +160,10 @@ class TaskRouter(AuxiliaryLosses, nn.Module):
         self.task = 0  # number of the one that is set
         self.loss_weights = loss_weights
         rows = max(len(tasks), 1)
-        self.weight = nn.ParameterList([nn.Parameter(torch.empty(num_experts, dim, **dd)) for _ in range(rows)])
-        self.noise_weight = nn.ParameterList(
-            [nn.Parameter(torch.empty(num_experts, dim, **dd)) for _ in range(rows if noise else 0)])
+        self.noise = noise
+        for row in range(rows):  # no list: scripted modules cannot look into one
+            for kind in ("weight", "noise") if noise else ("weight",):
+                self.register_parameter(f"{kind}_{row}", nn.Parameter(torch.empty(num_experts, dim, **dd)))
         self.register_buffer("frequency", torch.empty(rows, num_experts, **dd))
         self.register_buffer("sums", torch.empty(rows, num_experts, **dd))
         self.reset_parameters()
@@ -189,9 +190,11 @@ class TaskRouter(AuxiliaryLosses, nn.Module):
     @torch.jit.ignore
     def keep(self, experts: Tensor) -> None:
         """Drops all tasks but the one that is set, and all but these experts, given by ascending numbers."""
-        for name in ("weight", "noise_weight"):
-            own = list(getattr(self, name))[self.task:self.task + 1]
-            setattr(self, name, nn.ParameterList([_picked(x, experts) for x in own]))
+        own = {f"{kind}_0": getattr(self, f"{kind}_{self.task}") for kind in ("weight", "noise")[:1 + self.noise]}
+        for name, _ in list(self.named_parameters()):
+            delattr(self, name)
+        for name, parameter in own.items():
+            self.register_parameter(name, _picked(parameter, experts))
         for name in ("frequency", "sums"):
             setattr(self, name, getattr(self, name)[self.task, experts][None])
         self.tasks = self.tasks[self.task:self.task + 1]
@@ -210,9 +213,9 @@ class TaskRouter(AuxiliaryLosses, nn.Module):
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with no_autocast(x.device.type):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            logits = F.linear(x, self.weight[self.task].to(x.dtype))
-            if self.training and len(self.noise_weight):
-                spread = F.softplus(F.linear(x, self.noise_weight[self.task].to(x.dtype))) + _LEAST_NOISE
+            logits = F.linear(x, getattr(self, f"weight_{self.task}").to(x.dtype))
+            if self.training and self.noise:
+                spread = F.softplus(F.linear(x, getattr(self, f"noise_{self.task}").to(x.dtype))) + _LEAST_NOISE
                 logits = logits + torch.randn_like(logits) * spread
             probability = logits.softmax(dim=-1) + _EPS
             gates, index = probability.sort(dim=-1, descending=True, stable=True)
@@ -265,7 +268,7 @@ class _Experts(nn.Module):
 
     @torch.jit.ignore
     def cut(self, threshold: float) -> None:
-        """Drops the experts that the task which is set chooses for a smaller share of its tokens, and the other tasks."""
+        """Drops experts that the task which is set chooses for a smaller share of its tokens, and the other tasks."""
         router = self.router
         frequency = router.frequency[router.task]
         frequent = frequency.sort(descending=True, stable=True)
@@ -274,10 +277,6 @@ class _Experts(nn.Module):
         for name in self.expert_parameters:
             setattr(self, name, _picked(getattr(self, name), kept))
         router.keep(kept)
-
-    def _groups(self, x: Tensor) -> bool:
-        """Whether to sort tokens by expert; if not, all experts see all tokens."""
-        return self.router.topk < self.router.num_experts and concrete(x, devices=True)
 
 
 @register_notrace_module
@@ -328,15 +327,15 @@ class ExpertMlp(_Experts):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., dim]`` to the same."""
-        return self.drop(self._mix(x))
+        gates, index = self.router(x)
+        return self.drop(self._mix(x, gates, index))
 
     @unscripted
-    def _mix(self, x: Tensor) -> Tensor:
-        experts = self.router.num_experts
-        gates, index = self.router(x)
-        if self._groups(x):
+    def _mix(self, x: Tensor, gates: Tensor, index: Tensor) -> Tensor:
+        experts, topk = *numbers(self.fc1.shape[:1]), *numbers(index.shape[-1:])
+        if topk < experts and concrete(x, devices=True):
             order, back, counts = sort_by_expert(index, experts)
-            rows = x.flatten(0, -2)[order // self.router.topk]
+            rows = x.flatten(0, -2)[order // topk]
             hidden = F.gelu(grouped_linear(rows, self.fc1, self.fc1_bias, counts))
             out = grouped_linear(hidden, self.fc2.transpose(1, 2), self.fc2_bias, counts)[back]
             return (out.reshape(*index.shape, -1) * gates.to(out.dtype)[..., None]).sum(dim=-2)
@@ -394,22 +393,23 @@ class ExpertAttention(_Experts):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a tensor of x's shape."""
-        return self.proj_drop(self._mix(x.flatten(1, -2)).reshape(x.shape))
+        tokens = x.flatten(1, -2)
+        gates, index = self.router(tokens)
+        return self.proj_drop(self._mix(tokens, self.kv(tokens), gates, index).reshape(x.shape))
 
     @unscripted
-    def _mix(self, x: Tensor) -> Tensor:
-        """What the experts make of tokens ``[batch, tokens, dim]``."""
-        experts, width = self.router.num_experts, self.query.shape[1]
-        gates, index = self.router(x)
+    def _mix(self, x: Tensor, kv: Tensor, gates: Tensor, index: Tensor) -> Tensor:
+        """What the experts make of tokens ``[batch, tokens, dim]`` with their keys and values."""
+        experts, width, topk = *numbers(self.query.shape[:2]), *numbers(index.shape[-1:])
         slots = index[..., None].expand(-1, -1, -1, width)
-        groups = self._groups(x)
+        groups = topk < experts and concrete(x, devices=True)
         if groups:
             order, back, counts = sort_by_expert(index, experts)
-            rows = x.flatten(0, 1)[order // self.router.topk]
+            rows = x.flatten(0, 1)[order // topk]
             q = grouped_linear(rows, self.query, None, counts)[back].reshape(slots.shape)
         else:
             q = F.linear(x, self.query.flatten(0, 1)).unflatten(-1, (experts, width)).gather(2, slots)
-        k, v = (t[:, None].expand(-1, self.router.topk, -1, -1) for t in self.kv(x).chunk(2, dim=-1))
+        k, v = (t[:, None].expand(-1, topk, -1, -1) for t in kv.chunk(2, dim=-1))
         out = attend(q.transpose(1, 2), k, v).transpose(1, 2)
         out = out * gates.to(out.dtype)[..., None]
         if groups:
