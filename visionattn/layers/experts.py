@@ -295,6 +295,7 @@ class ExpertMlp(_Experts):
         drop: Dropout rate of the output.
         tasks: See :class:`TaskRouter`.
         noise: See :class:`TaskRouter`.
+        loss_weights: See :class:`TaskRouter`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -313,11 +314,12 @@ class ExpertMlp(_Experts):
             drop: float = 0.,
             tasks: Sequence[str] = (),
             noise: bool = True,
+            loss_weights: tuple[float, float, float] = (0.01, 0.001, 5e-4),
             device=None,
             dtype=None,
     ):
         dd = {"device": device, "dtype": dtype}
-        super().__init__(TaskRouter(dim, num_experts, topk, tasks, noise, device=device, dtype=dtype))
+        super().__init__(TaskRouter(dim, num_experts, topk, tasks, noise, loss_weights, device=device, dtype=dtype))
         self.fc1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, **dd))
         self.fc1_bias = nn.Parameter(torch.empty(num_experts, hidden_dim, **dd))
         self.fc2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, **dd))
@@ -362,6 +364,7 @@ class ExpertAttention(_Experts):
         proj_drop: Dropout rate of the output.
         tasks: See :class:`TaskRouter`.
         noise: See :class:`TaskRouter`.
+        loss_weights: See :class:`TaskRouter`.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -380,11 +383,12 @@ class ExpertAttention(_Experts):
             proj_drop: float = 0.,
             tasks: Sequence[str] = (),
             noise: bool = True,
+            loss_weights: tuple[float, float, float] = (0.01, 0.001, 5e-4),
             device=None,
             dtype=None,
     ):
         dd = {"device": device, "dtype": dtype}
-        super().__init__(TaskRouter(dim, num_experts, topk, tasks, noise, device=device, dtype=dtype))
+        super().__init__(TaskRouter(dim, num_experts, topk, tasks, noise, loss_weights, device=device, dtype=dtype))
         self.query = nn.Parameter(torch.empty(num_experts, head_dim, dim, **dd))
         self.kv = nn.Linear(dim, 2 * head_dim, **dd)
         self.proj = nn.Parameter(torch.empty(num_experts, head_dim, dim, **dd))

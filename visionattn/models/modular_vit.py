@@ -50,6 +50,7 @@ class ModularViT(Backbone):
             set of routers that serves any task. The first is set, see :meth:`set_task`.
         task: The task that is set instead.
         router_noise: Add learnt noise to the routers' logits in training.
+        router_losses: Weights of each router's auxiliary losses: balance, z-loss, mutual information.
         drop_rate: Dropout rate before the classifier.
         proj_drop_rate: Dropout rate of the branches' outputs.
         drop_path_rate: Rate of stochastic depth at the last block; it grows linearly from 0 at the first.
@@ -81,6 +82,7 @@ class ModularViT(Backbone):
             tasks: int | Sequence[str] = 1,
             task: str | None = None,
             router_noise: bool = True,
+            router_losses: tuple[float, float, float] = (0.01, 0.001, 5e-4),
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
@@ -91,7 +93,7 @@ class ModularViT(Backbone):
         dd = {"device": device, "dtype": dtype}
         attn_counts = _of_blocks("attn_experts", attn_experts, depth)
         mlp_counts = _of_blocks("mlp_experts", mlp_experts, depth)
-        routing: Any = {"tasks": _names(tasks), "noise": router_noise}
+        routing: Any = {"tasks": _names(tasks), "noise": router_noise, "loss_weights": tuple(router_losses)}
         self.in_chans = in_chans
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=patch_size, module=f"blocks.{i}") for i in range(depth)]
@@ -124,7 +126,8 @@ class ModularViT(Backbone):
     @torch.jit.ignore
     def expert_args(self) -> dict[str, Any]:
         """The arguments that build a model with as many experts and the same tasks, as of one cut to a task."""
-        counts, tasks = expert_counts(self), self.blocks[0].attn.router.tasks
+        blocks: Any = self.blocks
+        counts, tasks = expert_counts(self), blocks[0].attn.router.tasks
         return {"attn_experts": counts["attn"], "mlp_experts": counts["mlp"], "tasks": list(tasks) or 1}
 
     @torch.jit.ignore
