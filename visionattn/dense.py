@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .models import DenseNorm, Family, family_of
-from .weights import check_name, fitting, read_checkpoint, timm_model
+from .weights import check_name, check_unadapted, fitting, read_checkpoint, timm_model
 
 __all__ = ["DenseBackbone", "backbone_of"]
 
@@ -182,6 +182,8 @@ class DenseBackbone(nn.Module):
         content, run = read_checkpoint(path)
         if run is not None and run["backbone"] != self.name:
             raise ValueError(f"{path} is of the model {run['backbone']}, not {self.name}")
+        if run is not None:
+            check_unadapted(path, run)
         for prefix in ("backbone.", "body."):  # of a whole detector, the authors' or ours
             inner = {key.removeprefix(prefix): x for key, x in content.items() if key.startswith(prefix)}
             content = inner or content

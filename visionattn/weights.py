@@ -19,7 +19,7 @@ from torch import Tensor
 from . import models  # noqa: F401  (registers the zoo in timm)
 from .models._builder import allow_options
 
-__all__ = ["check_name", "classes_of", "fitting", "imagenet_names", "read_checkpoint", "sized_args",
+__all__ = ["check_name", "check_unadapted", "classes_of", "fitting", "imagenet_names", "read_checkpoint", "sized_args",
            "timm_model"]
 
 
@@ -28,6 +28,16 @@ def check_name(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
         close = get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"there is no model {name!r}" + (f"; similar names: {', '.join(close)}" if close else ""))
+
+
+def check_unadapted(path: str | Path, run: dict[str, Any]) -> None:
+    """Raises a ValueError where the weights of a run, by its hyper-parameters, are those of a backbone with an adapter.
+
+    A training does not start from them: without the adapter they are another model's.
+    """
+    if run.get("adapter"):
+        raise ValueError(f"{path} is of a run with the adapter {run['adapter']}: start from the weights that the run "
+                         "started from, or from those that visionattn adapters merge makes of it")
 
 
 def classes_of(name: str, state_dict: dict[str, Tensor]) -> int | None:

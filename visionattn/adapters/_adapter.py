@@ -78,6 +78,9 @@ class Adapter(nn.Module):
         """
         self.load_state_dict(tensors)
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Hears of each epoch of a training, from 0 on, before it begins."""
+
     def trained(self) -> list[nn.Parameter]:
         """The parameters that learn."""
         return list(self.parameters())

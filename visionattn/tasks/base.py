@@ -17,6 +17,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..adapters import adapters_of
 from ..data.loading import seed_random
 from ..dense import backbone_of
 from ..layers import checkpoint_attention
@@ -61,6 +62,9 @@ class Task(pl.LightningModule):
         """Before a fit: makes the model train as it is asked for: its memory, order of channels, compiled."""
         if stage != "fit":
             return
+        if self.args.get("adapter") and not (
+                self.args.pretrained or self.args.checkpoint_path or self.trainer.ckpt_path):
+            say("Warning: the backbone under the adapter has random weights: set pretrained or checkpoint_path.")
         if self.args.clip_agc is not None and self.trainer.gradient_clip_val is not None:
             raise ValueError("model.init_args.clip_agc and trainer.gradient_clip_val were both given; choose one")
         self._set_checkpointing(True)
@@ -106,7 +110,9 @@ class Task(pl.LightningModule):
             [parameter for parameter in self.model.parameters() if id(parameter) not in exempt], self.args.clip_agc)
 
     def on_train_epoch_start(self) -> None:
-        """Frees the layers whose turn it is."""
+        """Frees the layers whose turn it is; tells adapters which epoch begins."""
+        for adapter in adapters_of(self.model).values():
+            adapter.begin_epoch(self.current_epoch)
         if self.freezing:
             self.train()  # also what is freed now
             before = self.freezing.number(self.current_epoch - 1) if self.current_epoch else None
@@ -115,7 +121,7 @@ class Task(pl.LightningModule):
                 say(f"Epoch {self.current_epoch + 1}: {frozen} of {layers} layers are frozen.")
 
     def on_train_start(self) -> None:
-        """Within an epoch that is gone on with: frees its layers."""
+        """Within an epoch that is gone on with: frees its layers and tells adapters."""
         if resumes_within_epoch(self.trainer):
             Task.on_train_epoch_start(self)
 

@@ -18,7 +18,8 @@ from ..heads.probing import Pooling, pool_tokens
 from ..layers import attention_maps, auxiliary_losses
 from ..runtime.engine import Meaning
 from ..runtime.say import say
-from ..weights import check_name, classes_of, fitting, read_checkpoint, timm_model
+from ..weights import check_name, check_unadapted, classes_of, fitting, read_checkpoint, timm_model
+from .adapting import adapt, check_adapter
 from .base import Task, check_arguments
 from .calibration import SingleLabelCounts
 from .charts import Tile
@@ -100,6 +101,8 @@ class ClassificationTask(Task):
         unfreeze_epochs: With ``frozen``: number of epochs in which the layers below are freed, from the head downwards.
         pooling: A head of its own kind in place of the model's: ``ep`` (efficient probing, arXiv 2506.10178),
             ``attention``, ``mean`` or ``token``, see :class:`visionattn.heads.PooledHead`; None for the model's.
+        adapter: Name of an adapter (:mod:`visionattn.adapters`): the backbone is frozen, adapter and head are trained.
+        adapter_args: Its options.
 
     Attributes:
         thresholds: Of ``multi_label``: probability of each class from which on it is present.
@@ -150,6 +153,8 @@ class ClassificationTask(Task):
             frozen: bool = False,
             unfreeze_epochs: int | None = None,
             pooling: Pooling | None = None,
+            adapter: str | None = None,
+            adapter_args: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -158,10 +163,12 @@ class ClassificationTask(Task):
         _check_weights(class_weights, num_classes)
         _check_attention(self.args)
         check_unfreezing(unfreeze_epochs, frozen, "frozen set to true")
+        check_adapter(self.args, "frozen")
         args = dict(model_args or {}, num_classes=num_classes, in_chans=in_chans)
         if drop_path_rate is not None:
             args["drop_path_rate"] = drop_path_rate
         self.model = create_classifier(backbone, pretrained, checkpoint_path, args, pooling)
+        adapt(self.model, self.args)
         if frozen:
             self.freezing = Freezing(self.model, below_head(self.model, backbone), unfreeze_epochs)
         self.mix = _mixing(mixup, cutmix, mixup_switch_prob, num_classes)
@@ -478,6 +485,7 @@ def create_classifier(
     if run is not None:
         if run["backbone"] != backbone:
             raise ValueError(f"{checkpoint_path} is of the model {run['backbone']}, not {backbone}")
+        check_unadapted(checkpoint_path, run)
         overlay |= {"num_classes": run["num_classes"], "input_size": (run.get("in_chans", 3), 224, 224)}
         if run.get("pooling"):  # whose head stays behind
             overlay |= {"num_classes": 0, "state_dict": {

@@ -19,6 +19,7 @@ from ..layers.auxiliary import auxiliary_losses
 from ..runtime.engine import Meaning
 from ..runtime.pictures import patches
 from ..runtime.pixels import picture_of
+from .adapting import adapt, check_adapter
 from .base import Task, check_arguments
 from .findings import Findings, Sums, class_rows
 from .freezing import Freezing, check_unfreezing
@@ -87,6 +88,8 @@ class DetectionTask(Task):
             2102.06171); None leaves clipping to the trainer.
         channels_last: Keep weights and maps with their channels last in memory, which GPUs' convolutions like.
         compile: Train through ``torch.compile`` (the backbone and its pyramid).
+        adapter: Name of an adapter (:mod:`visionattn.adapters`): the backbone is frozen, adapter and head are trained.
+        adapter_args: Its options.
     """
 
     monitor = "val/box_map"  # what the best checkpoint is best in
@@ -133,12 +136,15 @@ class DetectionTask(Task):
             clip_agc: float | None = None,
             channels_last: bool = False,
             compile: bool = False,
+            adapter: str | None = None,
+            adapter_args: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.save_hyperparameters()
         self.args = self.hparams
         check_arguments(self.args, 1)
         check_unfreezing(unfreeze_epochs, frozen_stages, "frozen_stages at 1 or more")
+        check_adapter(self.args, "frozen_stages")
         if schedule not in ("step", "cosine"):
             raise ValueError(f"schedule must be step or cosine, got {schedule!r}")
         args = dict(model_args or {}) | ({} if in_chans == 3 else {"in_chans": in_chans})
@@ -153,6 +159,7 @@ class DetectionTask(Task):
         self.model = build_detector(
             detector, body, num_classes, strides, fpn_channels, anchor_scale, min_size=min_size, max_size=max_size,
             **detector_args or {})
+        adapt(self.model, self.args)
         self.val_map, self.test_map = self._average_precision(False), self._average_precision(True)
         self.test_matrix = Sums(num_classes + 1, num_classes + 1)
         self.num_tested = SumMetric()

@@ -8,6 +8,7 @@ import timm
 from torch import nn
 
 from ..weights import fitting, read_checkpoint
+from .adapting import adapt
 from .base import Task
 from .classification import ClassificationTask, create_classifier
 from .detection import DetectionTask
@@ -94,8 +95,10 @@ def _rebuilding(path: str | Path) -> Iterator[None]:
 def _classifier(run: dict[str, Any]) -> nn.Module:
     """The classifier of a run's hyper-parameters, with fresh weights."""
     args = {"num_classes": run["num_classes"], "in_chans": run.get("in_chans", 3)}
-    return create_classifier(
+    model = create_classifier(
         run["backbone"], False, None, args | (run.get("model_args") or {}), run.get("pooling"))
+    adapt(model, run)
+    return model
 
 
 def _task(run: dict[str, Any], path: str | Path) -> Task:

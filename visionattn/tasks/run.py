@@ -32,8 +32,10 @@ from ..recipes import with_recipes
 from ..runtime.say import one_line, say
 from ..weights import read_checkpoint
 from . import ClassificationTask  # noqa: F401  (the same for the tasks)
+from .adapting import save_adapter
 from .guarding import LossGuard, NotFiniteError
 from .midepoch import FitLoop, MidEpochCheckpoint
+from .rebuild import create_model
 from .resuming import Resumable, is_complete, newest_checkpoint
 from .run_folder import moved_run, new_run_folder, relocated, with_run, with_run_folders
 from .saving import LatestBest, RunLogger, WholeConfig, WholeFiles, is_full
@@ -263,6 +265,10 @@ class _RunCLI(LightningCLI):
             summarise(run, trainer, model, self.datamodule, self.lines)
             draw_run(run, getattr(model, "monitor", None), self.lines.best_epoch)
         tested = self._test() if self._ends_with_test() else None
+        if self._keeps() and getattr(model, "hparams", {}).get("adapter"):
+            kept = [run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+            if found := next((path for path in kept if path.is_file()), None):
+                save_adapter(create_model(None, found), run)
         self._say_left_out()
         self._tidy(tested)
         if _is_first_process() and (run / "README.txt").is_file():

@@ -22,6 +22,7 @@ from ..layers.auxiliary import auxiliary_losses
 from ..runtime.engine import Meaning
 from ..runtime.pictures import voc_colors
 from ..runtime.pixels import picture_of
+from .adapting import adapt, check_adapter
 from .base import Task, check_arguments
 from .charts import Tile
 from .findings import Findings, class_rows, thumbnail
@@ -92,6 +93,8 @@ class SegmentationTask(Task):
             2102.06171); None leaves clipping to the trainer.
         channels_last: Keep weights and maps with their channels last in memory, which GPUs' convolutions like.
         compile: Train through ``torch.compile`` (the backbone and the head).
+        adapter: Name of an adapter (:mod:`visionattn.adapters`): the backbone is frozen, adapter and head are trained.
+        adapter_args: Its options.
     """
 
     monitor = "val/miou"  # what the best checkpoint is best in
@@ -138,12 +141,15 @@ class SegmentationTask(Task):
             clip_agc: float | None = None,
             channels_last: bool = False,
             compile: bool = False,
+            adapter: str | None = None,
+            adapter_args: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.save_hyperparameters()
         self.args = self.hparams
         check_arguments(self.args, 2)
         check_unfreezing(unfreeze_epochs, frozen_stages, "frozen_stages at 1 or more")
+        check_adapter(self.args, "frozen_stages")
         if num_classes > 255:
             raise ValueError(f"label maps have 8 bits and 255 labels at most, got {num_classes} classes")
         if class_weights is not None and len(class_weights) != num_classes:
@@ -170,6 +176,7 @@ class SegmentationTask(Task):
             rank_zero_info(f"{backbone} gives a single map: there is no auxiliary head (auxiliary_weight).")
             auxiliary = False
         self.model = Segmenter(maps, num_classes, head, head_channels, auxiliary=auxiliary)
+        adapt(self.model, self.args)
         self.loss = SegmentationLoss(losses or {"cross_entropy": 1.0}, ignore_index, class_weights)
         matrix = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
         self.val_matrix, self.test_matrix = matrix, matrix.clone()

@@ -23,6 +23,7 @@ _FILES = {  # of a run folder, in the order of the README; patterns are below it
     "summary.json": "the run in short: model, data, best epoch, test metrics, durations, versions",
     "config.yaml": "the whole configuration, defaults included; visionattn test and predict take it",
     "checkpoints/best.ckpt": "the epoch with the best validation metric",
+    "adapter.safetensors": "the adapter and the head of that epoch, without the backbone",
     "checkpoints/last.ckpt": "where the training is: visionattn fit --config config.yaml --resume auto goes on",
     "checkpoints/previous.ckpt": "the last.ckpt before, should that be damaged",
     "curves.png": "loss, validation metric and learning rate over the epochs; the best epoch is dashed",
@@ -66,7 +67,7 @@ def summarise(
     summary: dict[str, Any] = {
         "task": type(model).__name__,
         "model": args.get("backbone") or type(model).__name__,
-        **{key: args[key] for key in ("detector", "head") if args.get(key)},
+        **{key: args[key] for key in ("detector", "head", "adapter") if args.get(key)},
         "parameters": sum(size for size, _ in sizes),
         "trained_parameters": sum(size for size, trained in sizes if trained),
         "num_classes": args.get("num_classes"),
