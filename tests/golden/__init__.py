@@ -24,6 +24,11 @@ def random(seed: int, shape) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape))
 
 
+def uniform(seed: int, shape) -> torch.Tensor:
+    """Float64 tensor of numbers from 0 to 1, the same on every machine."""
+    return torch.from_numpy(np.random.RandomState(seed).random_sample(shape))
+
+
 def fill(key: str, shape) -> torch.Tensor:
     """The test weight that the official state dict calls ``key``."""
     shape = tuple(shape)

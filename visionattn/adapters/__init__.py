@@ -8,11 +8,14 @@ import inspect
 from typing import Any
 
 from ..dense import backbone_of
-from ._adapter import Adapter, active_label, adapters_of, remove, switch
+from ._adapter import Adapter, active_adapter, active_label, adapters_of, remove, switch
 from ._files import info, load, save
 from ._registry import adapter_class, names
 
-__all__ = ["Adapter", "adapter_class", "adapters_of", "attach", "info", "load", "merge", "names", "save", "switch"]
+__all__ = [
+    "Adapter", "active_adapter", "adapter_class", "adapters_of", "attach", "info", "load", "merge", "names", "save",
+    "switch",
+]
 
 
 def attach(model: Any, name: str, label: str | None = None, **options: Any) -> Adapter:

@@ -12,7 +12,8 @@ from ._hooks import hook_branch, hook_call, replace_forward, restore_forward
 from ._places import Block
 
 __all__ = [
-    "Adapter", "active_label", "adapters_of", "backbone_state", "classifiers", "head_state", "remove", "switch",
+    "Adapter", "active_adapter", "active_label", "adapters_of", "backbone_state", "classifiers", "head_state", "remove",
+    "switch",
 ]
 
 ROOM = "adapters"  # what the module of a model is called that holds its adapters
@@ -84,6 +85,22 @@ class Adapter(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         """The parameters that learn."""
         return list(self.parameters())
+
+    @property
+    def steps_itself(self) -> bool:
+        """Whether a training step of a classifier is :meth:`loss`, of more than one pass."""
+        return False
+
+    def loss(
+            self, model: Callable[[Tensor], Tensor], images: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss of a classifier's training step; those that layers have of their own are not in it.
+
+        Args:
+            model: Takes images to logits ``[batch, classes]``.
+            images: What it is given.
+            criterion: Takes logits to their loss.
+        """
+        return criterion(model(images))
 
     # What it says it with
 
@@ -193,6 +210,11 @@ class _Room(nn.ModuleDict):
 def adapters_of(model: Any) -> dict[str, Adapter]:
     """The adapters of a model by their labels."""
     return dict(getattr(backbone_of(model), ROOM, {}).items())
+
+
+def active_adapter(model: Any) -> Adapter | None:
+    """The adapter that a model works with, if any."""
+    return next((adapter for adapter in adapters_of(model).values() if adapter.active), None)
 
 
 def switch(model: Any, label: str | None) -> None:

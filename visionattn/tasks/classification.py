@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from ..adapters import active_adapter
 from ..heads.probing import Pooling, pool_tokens
 from ..layers import attention_maps, auxiliary_losses
 from ..runtime.engine import Meaning
@@ -203,6 +204,9 @@ class ClassificationTask(Task):
             return
         if self.args.class_weights == "balanced":
             self.class_weight = _balanced(getattr(self.trainer, "datamodule", None), self.args.multi_label)
+        adapter = active_adapter(self.model)
+        if adapter is not None and adapter.steps_itself:
+            _check_own_step(self.args)
         fresh = not (self.args.pretrained or self.args.checkpoint_path or self.trainer.ckpt_path)
         if self.args.frozen and fresh:
             say("Warning: the frozen layers have random weights: set pretrained or checkpoint_path.")
@@ -369,6 +373,9 @@ class ClassificationTask(Task):
             recorded = attention_maps(self.model, last=not self.args.attention_diversification)
         with recorded as maps:
             tokens = labelled or (mixed is not None and isinstance(mixing, SelfMotivatedMix))
+            adapter = active_adapter(self.model)
+            if adapter is not None and adapter.steps_itself:
+                return adapter.loss(self, images, partial(self._training_loss, targets=targets)), maps
             seen = forward_tokens(self.model, images) if tokens else None
             logits = self(images) if seen is None else seen.logits
         if mixed is not None and seen is not None and isinstance(mixing, MaskMix):
@@ -436,6 +443,14 @@ def _check_attention(args: Any) -> None:
     looking = looking or ("attention_diversification" if args.attention_diversification else "")
     if looking and args.compile:
         raise ValueError(f"{looking} needs attention maps, which a compiled model does not give: leave compile out")
+
+
+def _check_own_step(args: Any) -> None:
+    """Raises a ValueError for arguments that an adapter whose step has two passes cannot follow."""
+    for name in ("mixing", "attention_diversification", "multi_label"):
+        if args[name]:
+            raise ValueError(f"the adapter compares the classes' probabilities of two passes in a step, which {name} "
+                             "does not go with: leave it out, or set the adapter's regulariser and second to 0")
 
 
 def _check_weights(weights: Any, num_classes: int) -> None:
