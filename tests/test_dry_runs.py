@@ -1,6 +1,7 @@
 """Every shipped recipe goes through one step of training and one of validation, on small pictures made here."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -63,6 +64,8 @@ def _smaller(name, photos):
     recipe = yaml.safe_load(RECIPES[name].read_text())
     model, data = recipe["model"]["init_args"], recipe["data"]
     kind = data["class_path"]
+    if kind == "MultiTaskData":
+        return _smaller_parts(data["init_args"], photos)
     options = {"data.batch_size": 2}
     if not kind.startswith("Digit"):
         folder = FOLDERS.get(kind) or data["init_args"].get("layout", "masks")
@@ -79,6 +82,19 @@ def _smaller(name, photos):
         options |= {"data.crop_size": 64, "data.short_side": 64, "model.head_channels": 32}
         if "window" in model:
             options |= {"model.window": 64, "model.window_stride": 48}
+    return options
+
+
+def _smaller_parts(parts, photos):
+    """The same of several tasks."""
+    options = {"model.detection": {"min_size": 64, "max_size": 96, "fpn_channels": 64},
+               "model.segmentation": {"head_channels": 32}}
+    sizes = {"classification": {"image_size": 64}, "detection": {}, "segmentation": {"crop_size": 64, "short_side": 64}}
+    for task, more in sizes.items():
+        init_args = {"batch_size": 2}
+        if not parts[task]["class_path"].startswith("Digit"):
+            init_args |= more | {"root": str(photos / Path(parts[task]["init_args"]["root"]).name), "num_workers": 0}
+        options |= {f"data.{task}.init_args.{key}": value for key, value in init_args.items()}
     return options
 
 

@@ -96,8 +96,12 @@ def fitting(name: str, path: str | Path) -> Iterator[None]:
         raise ValueError(line if str(path) in line else f"{path}: {line}") from None
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_checkpoint(path: str | Path, joint: bool = False) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Reads a checkpoint file.
+
+    Args:
+        path: The file.
+        joint: Take that of a training of several tasks too, whose weights are those of all of them.
 
     Returns:
         The weights (of a run: of the module that it trained), and the hyper-parameters of the run (None if it is not
@@ -124,6 +128,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not weights")
     run = content.get("hyper_parameters")
+    if isinstance(run, dict) and isinstance(run.get("_tasks"), dict):
+        if not joint:
+            raise ValueError(f"{path} is of several tasks at once: take the run of one, which their test leaves "
+                             f"({', '.join(str(path.parent.parent / task) for task in run['_tasks'])})")
+        return _tensors(content.get("state_dict"), f"{path}, the checkpoint of a training run,"), run
     if isinstance(run, dict) and {"backbone", "num_classes"} <= run.keys():
         return _of_run(content, run, path), run
     for wrapper in ("state_dict_ema", "state_dict", "model"):  # the averaged weights go first, as in timm

@@ -25,6 +25,14 @@ RUNS = {  # with everything random that a task has, and loader processes that dr
         "milestones": [1], "detector_args": FEW}, "DigitScenesData", SCENES | {"masks": True}),
     "segmentation": ("SegmentationTask", COMMON | {"head_channels": 8, "warmup_steps": 2},
                      "DigitScenesData", SCENES | {"task": "segmentation"}),
+    "multitask": (
+        "MultiTask", COMMON | {
+            "classification": {"mixup": 0.2}, "segmentation": {"head_channels": 8}, "balance": "uncertainty",
+            "model_args": {"pretrained_cfg_overlay": {"mean": [0.305] * 3, "std": [0.376] * 3}}, "warmup_steps": 2},
+        "MultiTaskData", {
+            "classification": {"class_path": "DigitsData", "init_args": {"image_size": 32, "batch_size": 16}},
+            "segmentation": {"class_path": "DigitScenesData", "init_args": SCENES | {"task": "segmentation"}},
+            "weights": {"classification": 1, "segmentation": 2}, "batches": 3}),
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 TRAINER = {

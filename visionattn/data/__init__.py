@@ -33,6 +33,7 @@ Segmentation
 from .coco import CocoData
 from .digits import DigitsData
 from .image_folder import ImageFolderData
+from .multitask import MultiTaskData
 from .packed import PackedData
 from .scenes import DigitScenesData
 from .segmentation_folder import SegmentationFolderData
@@ -42,6 +43,6 @@ from .voc_folder import VocData
 from .yolo import YoloData
 
 __all__ = [
-    "CocoData", "CsvData", "DigitScenesData", "DigitsData", "ImageFolderData", "PackedData", "SegmentationFolderData",
-    "UnlabelledFolderData", "VocData", "YoloData",
+    "CocoData", "CsvData", "DigitScenesData", "DigitsData", "ImageFolderData", "MultiTaskData", "PackedData",
+    "SegmentationFolderData", "UnlabelledFolderData", "VocData", "YoloData",
 ]

@@ -2,6 +2,8 @@
 from .classification import ClassificationTask
 from .detection import DetectionTask
 from .distillation import DistillationTask, FeaturePretrainingTask
+from .multitask import MultiTask
 from .segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask", "DetectionTask", "DistillationTask", "FeaturePretrainingTask", "SegmentationTask"]
+__all__ = ["ClassificationTask", "DetectionTask", "DistillationTask", "FeaturePretrainingTask", "MultiTask",
+           "SegmentationTask"]

@@ -43,6 +43,28 @@ class Task(pl.LightningModule):
     results: Any  # of a prediction, while it goes on
     freezing: Freezing | None = None  # what does not train, or not yet
     sizes_vary = False  # whether a training has images of more than one size
+    part: str | None = None  # in a training of several tasks: the name of this one
+
+    @property
+    def data(self) -> Any:
+        """The data module; of a training of several tasks this one's; None where there is none."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        return data if self.part is None else data.parts[self.part]
+
+    @property
+    def run_folder(self) -> Path:
+        """Where results are written."""
+        return Path(self.trainer.default_root_dir, self.part or "")
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Logs as Lightning does; ``val/loss`` of one of several tasks is ``val/<task>/loss``."""
+        if self.part is None:
+            super().log(name, *args, **kwargs)
+            return
+        split, _, what = name.partition("/")
+        whole: Any = self.trainer.lightning_module
+        whole.log(f"{split}/{self.part}/{what}", *args, add_dataloader_idx=False,
+                  **{key: value for key, value in kwargs.items() if key != "add_dataloader_idx"})
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The moving average of the weights, while fitting."""
@@ -101,7 +123,7 @@ class Task(pl.LightningModule):
             self, optimizer: Optimizer, gradient_clip_val: float | None = None,
             gradient_clip_algorithm: str | None = None) -> None:
         """Clips as the trainer says or, with ``clip_agc``, by the norm of the weights; a classifier's head is not."""
-        if self.args.clip_agc is None:
+        if self.args.get("clip_agc") is None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         head = self.model.get_classifier() if hasattr(self.model, "get_classifier") else None
@@ -153,7 +175,7 @@ class Task(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes a checkpoint stand alone: rebuilding from it needs neither a download nor the file it started from."""
         checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint_path": None}
-        data = getattr(self._trainer, "datamodule", None)
+        data = self.data
         for key in ("image_settings", "category_ids"):  # so that prediction needs no data
             if getattr(data, key, None) is not None:
                 checkpoint["hyper_parameters"][f"_{key}"] = getattr(data, key)
@@ -186,7 +208,11 @@ class Task(pl.LightningModule):
 
     def test_files(self, count: int) -> list[str]:
         """Names of the next ``count`` images of the test; empty where the data set has no ``file_name(index)``."""
-        dataset: Any = getattr(self.trainer.test_dataloaders, "dataset", None)
+        trainer: Any = self.trainer
+        loader = trainer.test_dataloaders
+        if self.part is not None:
+            loader = loader[list(trainer.datamodule.parts).index(self.part)]
+        dataset: Any = getattr(loader, "dataset", None)
         places = range(self._tested, self._tested + count)  # of this process, to which every n-th image is dealt
         self._tested += count
         if not hasattr(dataset, "file_name"):
@@ -195,7 +221,7 @@ class Task(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         """Removes the results of an earlier prediction from the run folder: they may be of other images."""
-        self.results = self.open_results(Path(self.trainer.default_root_dir), first=self.trainer.is_global_zero)
+        self.results = self.open_results(self.run_folder, first=self.trainer.is_global_zero)
         self.trainer.strategy.barrier()
 
     @property
@@ -273,8 +299,9 @@ class Task(pl.LightningModule):
 
     def write_test_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes ``test_metrics.json`` into the run folder."""
+        self.measured = metrics
         if self.trainer.is_global_zero:
-            path = Path(self.trainer.default_root_dir, "test_metrics.json")
+            path = self.run_folder / "test_metrics.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(metrics, indent=2) + "\n")
 
@@ -282,7 +309,7 @@ class Task(pl.LightningModule):
         """Writes the files that show what a test found, with the worst mistakes of all processes."""
         worst = Mistakes.worst(self.of_all_processes(findings.mistakes.take() if findings.mistakes else []))
         if self.trainer.is_global_zero:
-            findings.write(Path(self.trainer.default_root_dir), worst)
+            findings.write(self.run_folder, worst)
 
 
 def check_arguments(args: Any, least: int = 0) -> None:
@@ -297,7 +324,7 @@ def check_arguments(args: Any, least: int = 0) -> None:
     if args.grad_checkpointing not in (False, True, "attention"):
         raise ValueError(f"grad_checkpointing must be true, false or attention, got {args.grad_checkpointing!r}")
     for name in ("lr_batch", "clip_agc"):
-        if args[name] is not None and args[name] <= 0:
+        if args.get(name) is not None and args[name] <= 0:
             raise ValueError(f"{name} must be positive, got {args[name]}")
-    if args.warmup_lr is not None and not 0 <= args.warmup_lr <= args.lr:
+    if args.get("warmup_lr") is not None and not 0 <= args.warmup_lr <= args.lr:
         raise ValueError(f"warmup_lr must lie between 0 and lr ({args.lr:g}), got {args.warmup_lr:g}")

@@ -203,7 +203,7 @@ class ClassificationTask(Task):
         if stage != "fit":
             return
         if self.args.class_weights == "balanced":
-            self.class_weight = _balanced(getattr(self.trainer, "datamodule", None), self.args.multi_label)
+            self.class_weight = _balanced(self.data, self.args.multi_label)
         adapter = active_adapter(self.model)
         if adapter is not None and adapter.steps_itself:
             _check_own_step(self.args)
@@ -356,7 +356,7 @@ class ClassificationTask(Task):
 
     def _tile(self, image: Tensor, text: str, file: str) -> Tile:
         """An image on the sheet of mistakes."""
-        normalisation = getattr(getattr(self.trainer, "datamodule", None), "normalisation", None)
+        normalisation = getattr(self.data, "normalisation", None)
         return Tile(thumbnail(image, normalisation), f"{text}\n{Path(file).name}".rstrip())
 
     def _batch_loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:

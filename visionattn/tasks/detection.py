@@ -240,7 +240,7 @@ class DetectionTask(Task):
     @property
     def meaning(self) -> Meaning:
         """Names of the classes, their numbers in files and the score from which on objects are drawn."""
-        ids = getattr(getattr(self._trainer, "datamodule", None), "category_ids", None) or self.category_ids
+        ids = getattr(self.data, "category_ids", None) or self.category_ids
         return Meaning("detection", self.names, category_ids=ids or range(1, 1 + self.args.num_classes),
                        picture_score=self.args.picture_score)
 

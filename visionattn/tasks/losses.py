@@ -1,18 +1,19 @@
 """Losses of segmentation: cross-entropy, soft dice and online hard example mining, alone or as a weighted sum. And a
-loss of attention maps.
+loss of attention maps, and weights of several tasks' losses that are learnt.
 
 Those of segmentation take logits ``[B, C, H, W]`` of any floating dtype and labels ``[B, H, W]`` (int64), leave out the
 pixels whose label is ``ignore_index``, compute in float32 and return a scalar, which is 0 where no pixel is left.
 """
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-__all__ = ["SegmentationLoss", "attention_diversification_loss", "dice_loss", "ohem_loss", "pixel_loss"]
+__all__ = ["SegmentationLoss", "UncertaintyWeighting", "attention_diversification_loss", "dice_loss", "ohem_loss",
+           "pixel_loss"]
 
 HARD = -math.log(0.7)  # cross-entropy of a pixel whose class has a probability of 0.7
 LEAST_KEPT = 16  # hard example mining keeps at least one in so many pixels
@@ -49,6 +50,26 @@ class SegmentationLoss(nn.Module):
         losses = _LOSSES | {"cross_entropy": partial(pixel_loss, class_weights=self.class_weights)}
         terms = [weight * losses[name](logits, labels, self.ignore_index) for name, weight in self.weights.items()]
         return torch.stack(terms).sum()
+
+
+class UncertaintyWeighting(nn.Module):
+    """Sum of several tasks' losses whose weights are learnt: ``0.5 / s^2 * loss + log(1 + s^2)`` of each task.
+
+    "Multi-Task Learning Using Uncertainty to Weigh Losses" (arXiv 1705.07115), with the positive regulariser of
+    arXiv 1805.06334. ``scales[task]`` is ``s``, 1 at the start: a task whose loss stays large gets less weight.
+
+    Args:
+        tasks: Names of the tasks.
+    """
+
+    def __init__(self, tasks: Iterable[str]):
+        super().__init__()
+        self.scales = nn.ParameterDict({task: torch.ones(()) for task in tasks})
+
+    def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The sum over the tasks that are in ``losses``, scalars; others learn nothing from it."""
+        squares = {task: self.scales[task].square() for task in losses}
+        return torch.stack([0.5 / squares[task] * loss + squares[task].log1p() for task, loss in losses.items()]).sum()
 
 
 def pixel_loss(

@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["check_optimizer", "cosine_with_warmup", "make_optimizer", "poly_with_warmup", "steps_with_warmup"]
+__all__ = ["check_optimizer", "cosine_with_warmup", "make_optimizer", "optimizer_over", "parameter_groups",
+           "poly_with_warmup", "steps_with_warmup"]
 
 
 def make_optimizer(
@@ -46,6 +47,18 @@ def make_optimizer(
     Raises:
         ValueError: The optimiser needs a package that is not there, or does not take ``args``.
     """
+    groups = parameter_groups(name, model, weight_decay, layer_decay, heads)
+    return optimizer_over(name, groups, lr, weight_decay, betas, args)
+
+
+def parameter_groups(
+        name: str,
+        model: nn.Module,
+        weight_decay: float,
+        layer_decay: float | None = None,
+        heads: Iterable[nn.Module] = (),
+) -> list[dict[str, Any]]:
+    """The trainable parameters as :func:`make_optimizer` groups them; ``lr_scale`` is the factor on the rate, or 1."""
     groups_args: dict[str, Any] = {"no_weight_decay_list": getattr(model, "no_weight_decay", set)()}
     if "muon" in name:
         groups_args["fallback_no_weight_decay"] = True
@@ -55,6 +68,22 @@ def make_optimizer(
         groups = param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay, **groups_args)
     for head in heads:
         groups += param_groups_weight_decay(head, weight_decay)
+    return groups
+
+
+def optimizer_over(
+        name: str,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] | None = None,
+        args: dict[str, Any] | None = None,
+) -> Optimizer:
+    """The optimiser ``name`` over groups of parameters, of which those of one rate, decay and kind become one.
+
+    Raises:
+        ValueError: The optimiser needs a package that is not there, or does not take ``args``.
+    """
     merged: dict[tuple[float, float, bool], list[nn.Parameter]] = {}  # by learning rate, decay and optimiser
     for group in groups:
         kind = lr * group.get("lr_scale", 1.0), group["weight_decay"], group.get("use_fallback", False)

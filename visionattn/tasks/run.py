@@ -422,7 +422,7 @@ def _find_checkpoint(command: str, wanted: str | None, run: Path, model_args: An
 
 def _take_classes(path: str, data_args: Any) -> None:
     """Sets what the data would take from training images, which need not be there, to what a run was trained on."""
-    _, saved = read_checkpoint(path)
+    _, saved = read_checkpoint(path, joint=True)
     for key in ("class_names", "multi_label"):
         if saved and data_args and saved.get(key) is not None and data_args.get(key, "not taken") is None:
             data_args[key] = saved[key]
@@ -430,7 +430,7 @@ def _take_classes(path: str, data_args: Any) -> None:
 
 def _check_checkpoint(path: str, model: pl.LightningModule) -> None:
     """Complains if the checkpoint cannot be read or is of another model or of other classes."""
-    _, saved = read_checkpoint(path)
+    _, saved = read_checkpoint(path, joint=True)
     if saved is None:
         raise ValueError(f"{path} is not the checkpoint of a training run; weights alone go to the model's "
                          "checkpoint_path")

@@ -165,7 +165,7 @@ class OneBar(TQDMProgressBar):
 
 def figures(metrics: dict[str, Any]) -> str:
     """Metrics of one split on a line, without its name."""
-    return ", ".join(f"{key.rpartition('/')[2]} {float(value):.4g}" for key, value in metrics.items())
+    return ", ".join(f"{key.partition('/')[2]} {float(value):.4g}" for key, value in metrics.items())
 
 
 def duration(seconds: float) -> str:
