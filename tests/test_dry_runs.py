@@ -87,7 +87,7 @@ def _smaller(name, photos):
 
 def _smaller_parts(parts, photos):
     """The same of several tasks."""
-    options = {"model.detection": {"min_size": 64, "max_size": 96, "fpn_channels": 64},
+    options = {"model.detection": {"detector": "fcos", "min_size": 64, "max_size": 96, "fpn_channels": 64},
                "model.segmentation": {"head_channels": 32}}
     sizes = {"classification": {"image_size": 64}, "detection": {}, "segmentation": {"crop_size": 64, "short_side": 64}}
     for task, more in sizes.items():
