@@ -30,9 +30,9 @@ __all__ = ["MultiTask"]
 _KINDS: dict[str, type[Task]] = {
     "classification": ClassificationTask, "detection": DetectionTask, "segmentation": SegmentationTask}
 # Arguments of the tasks that are about training as a whole, beside those that are MultiTask's own.
-_OF_ALL = {"adapter", "adapter_args", "channels_last", "clip_agc", "compile", "cooldown_epochs", "frozen", "frozen_norms",
-           "frozen_stages", "lr_batch", "milestones", "poly_power", "schedule", "unfreeze_epochs", "warmup_epochs",
-           "warmup_lr"}
+_OF_ALL = {"adapter", "adapter_args", "channels_last", "clip_agc", "compile", "cooldown_epochs", "frozen",
+           "frozen_norms", "frozen_stages", "lr_batch", "milestones", "poly_power", "schedule", "unfreeze_epochs",
+           "warmup_epochs", "warmup_lr"}
 
 
 class MultiTask(Task):
