@@ -44,7 +44,8 @@ def benchmark(
     is not timed, and the table says why. The backends take turns, so that a slow phase of the machine meets all. A turn
     is an untimed run and then 20 ms of runs, at least one, of which the mean counts: peers that allocate hundreds of
     MiB would otherwise leave the next one cold caches and page faults, which cost a run of 1 ms more than itself. The
-    figure is the median over the turns.
+    figure is the median over the turns. On one thread of a CPU it is processor time, which other processes disturb
+    least.
 
     Peak memory is that of tensors allocated during one run, inputs excluded. ``bytes_ms`` is the time that moving the
     least bytes takes (q, k, v and output once, in the backward pass eight tensors more) at the bandwidth that this
@@ -141,17 +142,18 @@ def _backends(op: str, problem: Any, bound: Mapping[str, Any], batch: int) -> di
 
 def _take_turns(works: Mapping[str, Callable[[], Any]], repeat: int, device: str) -> dict[str, list[float]]:
     """Seconds of each work in each of its turns."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _, (name, work) in itertools.product(range(repeat), works.items()):
         if sum(max(x, _BLOCK_SECONDS) for x in seconds[name]) < _SECONDS:
             work()
             synchronize(device)
-            start, runs, elapsed = time.perf_counter(), 0, 0.0
+            start, runs, elapsed = clock(), 0, 0.0
             while elapsed < _BLOCK_SECONDS:
                 work()
                 synchronize(device)
                 runs += 1
-                elapsed = time.perf_counter() - start
+                elapsed = clock() - start
             seconds[name].append(elapsed / runs)
     return seconds
 
