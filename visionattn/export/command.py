@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import adapters
 from ..tasks.rebuild import create_model
 from .formats import FORMATS, export_model
 from .onnx_file import OPSET, OPSETS
@@ -23,6 +24,9 @@ def main(argv: list[str]) -> None:
                         help="weights: a run's .ckpt, of any task, the authors' file, or a state dict (.pth, "
                              ".safetensors)")
     parser.add_argument("--pretrained", action="store_true", help="the authors' weights, downloaded")
+    parser.add_argument("--adapter", metavar="FILE", help="an adapter file of this model, with its head")
+    parser.add_argument("--keep-adapter", action="store_true",
+                        help="leave an adapter beside the weights that it could be merged into")
     parser.add_argument("--num-classes", type=int, help="classes of the checkpoint or of a fresh head")
     parser.add_argument("--img-size", "--image-size", type=int, nargs="+", metavar="N",
                         help="height and width, or one number for both; if not given, the backbone's own, and of a "
@@ -61,6 +65,10 @@ def main(argv: list[str]) -> None:
     if args.int8 and (args.format not in ("onnx", "openvino") or args.fp16):
         parser.error("--int8 goes with --format onnx or openvino, and without --fp16")
     model = create_model(args.model, args.checkpoint, pretrained=args.pretrained, num_classes=args.num_classes)
+    if args.adapter:
+        adapters.load(model, args.adapter)
+    if adapters.adapters_of(model) and not args.keep_adapter:
+        adapters.merge(model)
     options: dict[str, Any] = dict(
         image_size=size, dynamic_size=args.dynamic_size, fuse=args.fuse, opset=args.opset, preprocess=args.preprocess,
         simplify=args.simplify, fp16=args.fp16)
