@@ -1,7 +1,7 @@
 """What the classification data have in common, wherever their labels come from: transforms, checks, loaders."""
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from ..runtime.folders import EXTENSIONS, find_images
 from ..runtime.pixels import Decoding
 from ..runtime.say import say
 from .decoded import DecodedImages, decoded_images
-from .loading import LoadedData
+from .loading import LoadedData, of_classes
 from .reading import SEVERAL, UNREADABLE, Faults, find_faults, read_image, read_tensor, say_shared
 from .report import DataReport, SplitReport
 
@@ -135,9 +135,10 @@ class ClassificationData(LoadedData):
         """Test images."""
         return self.plain_dataloader("test")
 
-    def plain_dataloader(self, split: str) -> DataLoader:
-        """Images of ``train``, ``val`` or ``test`` in their order, as evaluation sees them."""
-        return self._eval_loader(self._images(self.samples[split], self.eval_transform))
+    def plain_dataloader(self, split: str, classes: Collection[int] | None = None) -> DataLoader:
+        """Images of ``train``, ``val`` or ``test``, of ``classes`` alone if given, in order, as evaluation sees them."""
+        images: Dataset = self._images(self.samples[split], self.eval_transform)
+        return self._eval_loader(images if classes is None else of_classes(images, classes)[0])
 
     def predict_dataloader(self) -> DataLoader:
         """Images of ``predict_root`` (or the test images) with their path in place of the label."""
@@ -238,6 +239,9 @@ class _Images(Dataset):
 
     def file_name(self, index: int) -> str:
         return str(self.samples[index][0])
+
+    def label(self, index: int) -> Any:
+        return self.samples[index][1]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         file, label = self.samples[index]

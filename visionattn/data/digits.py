@@ -1,5 +1,6 @@
 """scikit-learn's handwritten digits: 1,797 real scans of 8 x 8 pixels that come with the package."""
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 from sklearn.datasets import load_digits
@@ -9,7 +10,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from .loading import LoadedData
+from .loading import LoadedData, of_classes
 from .report import DataReport, SplitReport
 
 __all__ = ["DigitsData"]
@@ -78,11 +79,16 @@ class DigitsData(LoadedData):
 
     def val_dataloader(self) -> DataLoader:
         """Validation images."""
-        return self._eval_loader(_Digits(self, self.val))
+        return self.plain_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
         """Test images."""
-        return self._eval_loader(_Digits(self, self.test))
+        return self.plain_dataloader("test")
+
+    def plain_dataloader(self, split: str, classes: Collection[int] | None = None) -> DataLoader:
+        """Images of ``train``, ``val`` or ``test``, of ``classes`` alone if given, in order, without changes at random."""
+        images: Dataset = _Digits(self, getattr(self, split))
+        return self._eval_loader(images if classes is None else of_classes(images, classes)[0])
 
     def predict_dataloader(self) -> DataLoader:
         """Test images with a name in place of the label."""
@@ -100,10 +106,13 @@ class _Digits(Dataset):
     def file_name(self, item: int) -> str:
         return f"digit_{self.indices[item]:04d}"
 
+    def label(self, item: int) -> int:
+        return int(self.labels[self.indices[item]])
+
     def __getitem__(self, item: int) -> tuple[Tensor, int | str]:
         index = self.indices[item]
         image = self.images[index]
         if self.augment is not None:
             image = self.augment(image)
-        label = self.file_name(item) if self.named else int(self.labels[index])
+        label = self.file_name(item) if self.named else self.label(item)
         return image.expand(self.in_chans, -1, -1), label

@@ -2,7 +2,7 @@
 import math
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset
 
 from ..runtime.say import say
 from .report import DataReport
 
-__all__ = ["LoadedData", "collate_detection", "seed_random"]
+__all__ = ["LoadedData", "collate_detection", "of_classes", "seed_random"]
 
 WORKERS_OUTLIVE = 8  # seconds that loader processes live on after SIGTERM
 
@@ -39,6 +39,7 @@ class LoadedData(pl.LightningDataModule):
     multi_label = False
     image_settings: dict[str, Any] | None = None  # how files become images, as plain values: kept in checkpoints
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; PyTorch's own if None
+    classes_now: Callable[[], Collection[int]] | None = None  # whose images an epoch trains on; all if None
 
     def __init__(self, batch_size: int, num_workers: int, seed: int, min_batches: int = 1):
         super().__init__()
@@ -62,6 +63,9 @@ class LoadedData(pl.LightningDataModule):
         each item, an epoch has as many items, drawn with replacement. With ``repeats`` an epoch
         has as many items too, each so many times: of the copies, which follow one another, each process has some.
         """
+        if self.classes_now is not None:
+            dataset, chosen = of_classes(dataset, self.classes_now())
+            weights = None if weights is None else weights[chosen]
         ranks, images = self._ranks()[0], len(dataset)  # type: ignore[arg-type]
         times = 1 if endless else math.ceil(self.min_batches * self.batch_size * ranks / images)
         if self.min_batches > 1 and times > 1:
@@ -100,6 +104,19 @@ class LoadedData(pl.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         """Number of processes that train together, and which one this is."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+def of_classes(dataset: Any, classes: Collection[int]) -> tuple[Subset, list[int]]:
+    """The part of a classification dataset whose images are of ``classes``, and their places in it.
+
+    Raises:
+        ValueError: There are none.
+    """
+    wanted = set(classes)
+    places = [place for place in range(len(dataset)) if dataset.label(place) in wanted]
+    if not places:
+        raise ValueError(f"the data has no images of the classes with the numbers {sorted(wanted)}")
+    return Subset(dataset, places), places
 
 
 def collate_detection(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:

@@ -2,8 +2,9 @@
 from .classification import ClassificationTask
 from .detection import DetectionTask
 from .distillation import DistillationTask, FeaturePretrainingTask
+from .incremental import IncrementalTask
 from .multitask import MultiTask
 from .segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask", "DetectionTask", "DistillationTask", "FeaturePretrainingTask", "MultiTask",
-           "SegmentationTask"]
+__all__ = ["ClassificationTask", "DetectionTask", "DistillationTask", "FeaturePretrainingTask", "IncrementalTask",
+           "MultiTask", "SegmentationTask"]

@@ -38,13 +38,16 @@ class Tile(NamedTuple):
 Curve = Sequence[tuple[float, float]]  # (epoch, value)
 
 
-def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], best: Mapping[str, float] | None = None) -> bool:
+def draw_curves(
+        path: Path, panels: Mapping[str, Mapping[str, Curve]], best: Mapping[str, float] | None = None,
+        over: str = "epoch") -> bool:
     """Draws a panel for each of ``panels``: its curves by their names over the epochs.
 
     Args:
         path: The PNG file to write.
         panels: Curves by panel and name; empty ones are left out.
         best: The epoch to mark in a panel.
+        over: What the curves are over, if not epochs.
 
     Returns:
         Whether there was anything to draw.
@@ -66,7 +69,7 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], best: Map
             if best and title in best:
                 axes.axvline(best[title], color="0.6", linewidth=1, linestyle="--", zorder=0)
             axes.set_title(_shown(title, 40), parse_math=False)
-            axes.set_xlabel("epoch")
+            axes.set_xlabel(over)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axes.grid(alpha=0.3)
             if len(curves) > 1 and not named.issuperset(curves):

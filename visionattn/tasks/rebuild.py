@@ -12,6 +12,7 @@ from .adapting import adapt
 from .base import Task
 from .classification import ClassificationTask, create_classifier
 from .detection import DetectionTask
+from .incremental import IncrementalTask
 from .segmentation import SegmentationTask
 
 __all__ = ["create_model", "load_task"]
@@ -56,7 +57,8 @@ def create_model(
     if num_classes not in (None, run["num_classes"]):
         raise ValueError(f"{checkpoint} has {run['num_classes']} classes, not {num_classes}")
     with _rebuilding(checkpoint):
-        model = _task(run, checkpoint).model if "detector" in run or "head" in run else _classifier(run)
+        whole = any(key in run for key in ("detector", "head", "steps"))
+        model = _task(run, checkpoint).model if whole else _classifier(run)
     with fitting(run["backbone"], checkpoint):
         model.load_state_dict(state_dict)
     model.run = run
@@ -108,7 +110,8 @@ def _task(run: dict[str, Any], path: str | Path) -> Task:
                          "(checkpoint_path)")
     args = {key: value for key, value in run.items() if not key.startswith("_")}  # what is not the task's begins so
     args |= {"pretrained": False, "checkpoint_path": None}
-    kind = DetectionTask if "detector" in run else SegmentationTask if "head" in run else ClassificationTask
+    kinds = {"detector": DetectionTask, "head": SegmentationTask, "steps": IncrementalTask}
+    kind = next((kind for key, kind in kinds.items() if key in run), ClassificationTask)
     try:
         return kind(**args)
     except TypeError as error:

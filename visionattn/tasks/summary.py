@@ -28,6 +28,8 @@ _FILES = {  # of a run folder, in the order of the README; patterns are below it
     "checkpoints/previous.ckpt": "the last.ckpt before, should that be damaged",
     "curves.png": "loss, validation metric and learning rate over the epochs; the best epoch is dashed",
     "metrics.csv": "the same as numbers, and all other losses and metrics; epochs are counted from 0 there",
+    "incremental.csv": "accuracy after each step of classes, over all classes so far",
+    "incremental.png": "the same as curves",
     "test_metrics.json": "what the last test measured",
     "classification": "of several tasks: this one's model, as the last test had it, and results; a run of its own",
     "detection": "the same of detection",

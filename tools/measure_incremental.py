@@ -1,0 +1,157 @@
+"""Class-incremental training of the digits, five steps of two classes, beside joint training and plain fine-tuning.
+
+    python tools/measure_incremental.py --out results/incremental.csv
+    python tools/measure_incremental.py --out results/incremental.csv --page docs/incremental.md  # the table alone
+
+A backbone has to be pretrained, and with nothing that is a digit: a small vision transformer learns to tell printed
+letters apart first (:func:`write_letters`: matplotlib's fonts at the 8 x 8 pixels of the digits' scans, without the letters
+that look like digits). Then it goes through the recipe ``incremental`` with its baselines: accuracy is that of the
+300 test images, of which those of the classes so far count. A seed draws all weights and orders. Rows that the file has
+are left as they are.
+"""
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import statistics
+import string
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+try:
+    from measure_digits import write_between
+except ImportError:
+    from tools.measure_digits import write_between
+
+from visionattn.cli import main as visionattn
+from visionattn.recipes import find_recipe
+
+__all__ = ["main", "measure", "write_letters", "write_table"]
+
+SEEDS = (0, 1, 2)
+LETTERS = [letter for letter in string.ascii_letters if letter not in "IOloSsZzBbqg"]  # less what looks like a digit
+FONTS = "DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf", "cm[brst]*10.ttf"
+METHODS = {"incremental": "step by step, adapters", "finetune": "step by step, all weights",
+           "joint": "all classes at once, all weights"}
+START, END = "<!-- measured steps -->", "<!-- end of measured steps -->"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the tool with command line arguments (the process's own if None) and returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--epochs", type=int, help="of each step (default: the recipe's)")
+    parser.add_argument("--letters-epochs", type=int, default=40, help="of the pretraining")
+    parser.add_argument("--out", type=Path, default=Path("results/incremental.csv"), help="CSV file; rows are appended")
+    parser.add_argument("--page", type=Path, help="write the rows that there are as a table into this page, and stop")
+    args = parser.parse_args(argv)
+    if args.page:
+        write_table(args.out, args.page)
+        return 0
+    torch.set_num_threads(1)
+    known = set()
+    if args.out.exists():
+        with args.out.open(newline="") as file:
+            known = {row["seed"] for row in csv.DictReader(file)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        if str(seed) in known:
+            continue
+        rows = measure(seed, args.epochs, args.letters_epochs)
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+def measure(seed: int, epochs: int | None, letters_epochs: int) -> list[dict[str, Any]]:
+    """The rows of one seed: the accuracy of each method after each step.
+
+    Raises:
+        RuntimeError: A training fails.
+    """
+    start = time.process_time()
+    recipe = find_recipe("incremental").read_text()
+    line = next(line for line in recipe.splitlines() if "model_args" in line).partition(": ")[2]
+    common = ["--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.accelerator", "cpu",
+              "--trainer.enable_progress_bar", "false"]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_letters(work / "letters")
+        _run("letters", [
+            "fit", "--config", "imagefolder_finetune", "--data.root", str(work / "letters"), "--data.image_size", "32",
+            "--data.num_workers", "0", "--data.hflip", "0", "--data.scale", "[0.6, 1.0]", "--data.auto_augment", "null",
+            "--data.random_erasing", "0", "--data.crop_pct", "1.0", "--data.batch_size", "64", "--data.mean",
+            "[0.305, 0.305, 0.305]", "--data.std", "[0.376, 0.376, 0.376]", "--model.backbone", "test_vit",
+            "--model.model_args", line, "--model.lr", "2e-3", "--model.layer_decay", "null", "--model.cutmix", "0",
+            "--model.mixup", "0", "--model.drop_path_rate", "0", "--model.ema_decay", "0.99",
+            "--trainer.max_epochs", str(letters_epochs), "--trainer.default_root_dir", str(work / "first"), *common])
+        more = [] if epochs is None else ["--trainer.max_epochs", str(epochs)]
+        _run("digits", [
+            "fit", "--config", "incremental", "--model.checkpoint_path", str(work / "first/checkpoints/best.ckpt"),
+            "--model.baselines", "true", "--trainer.default_root_dir", str(work / "steps"), *more, *common])
+        with (work / "steps/incremental.csv").open(newline="") as file:
+            table = [row for row in csv.DictReader(file) if row["step"] != "average"]
+    about = {
+        "minutes": round((time.process_time() - start) / 60, 2),
+        **{library: importlib.metadata.version(library) for library in ("torch", "timm", "visionattn")},
+        "date": datetime.date.today().isoformat()}
+    return [{"seed": seed, "method": method, "step": row["step"], "classes": row["classes"], "accuracy": row[method],
+             **about} for method in METHODS for row in table]
+
+
+def write_letters(folder: Path) -> None:
+    """Writes printed letters of :data:`LETTERS`, white on black and 8 x 8 pixels, a folder for each.
+
+    Raises:
+        FileNotFoundError: matplotlib has no such fonts.
+    """
+    ttf = Path(matplotlib.get_data_path(), "fonts/ttf")
+    fonts = sorted(file for pattern in FONTS for file in ttf.glob(pattern) if "Display" not in file.name)
+    if not fonts:
+        raise FileNotFoundError(f"there are no fonts in {ttf}")
+    for letter in LETTERS:
+        place = folder / f"{'capital' if letter.isupper() else 'small'}_{letter.lower()}"
+        place.mkdir(parents=True)
+        for file in fonts:
+            canvas = Image.new("L", (160, 160))
+            ImageDraw.Draw(canvas).text((40, 30), letter, fill=255, font=ImageFont.truetype(str(file), 64))
+            drawn = canvas.crop(canvas.getbbox())
+            square = Image.new("L", (max(drawn.size), max(drawn.size)))
+            square.paste(drawn, ((square.width - drawn.width) // 2, (square.height - drawn.height) // 2))
+            square.resize((8, 8), Image.Resampling.BOX).save(place / f"{file.stem}.png")
+
+
+def write_table(source: Path, page: Path) -> None:
+    """Replaces what is between the marks of ``page`` by a table of the rows of ``source``."""
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = sorted({(int(row["step"]), int(row["classes"])) for row in rows})
+    heads = [f"{classes} classes" for _, classes in steps]
+    lines = [f"| | {' | '.join(heads)} | average | least to most at the end |", f"|---{'|---' * (len(heads) + 2)}|"]
+    for method, name in METHODS.items():
+        shares = {step: [100 * float(row["accuracy"]) for row in rows if row["method"] == method
+                         and int(row["step"]) == step] for step, _ in steps}
+        means, last = [statistics.mean(part) for part in shares.values()], shares[steps[-1][0]]
+        cells = [f"{mean:.1f}" for mean in [*means, statistics.mean(means)]]
+        lines.append(f"| {name} | {' | '.join(cells)} | {min(last):.1f} to {max(last):.1f} |")
+    write_between(page, START, END, lines)
+
+
+def _run(what: str, argv: Sequence[str]) -> None:
+    if visionattn(list(argv)):
+        raise RuntimeError(f"the training of the {what} failed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
