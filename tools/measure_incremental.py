@@ -3,11 +3,11 @@
     python tools/measure_incremental.py --out results/incremental.csv
     python tools/measure_incremental.py --out results/incremental.csv --page docs/incremental.md  # the table alone
 
-A backbone has to be pretrained, and with nothing that is a digit: a small vision transformer learns to tell printed
-letters apart first (:func:`write_letters`: matplotlib's fonts at the 8 x 8 pixels of the digits' scans, without the letters
-that look like digits). Then it goes through the recipe ``incremental`` with its baselines: accuracy is that of the
-300 test images, of which those of the classes so far count. A seed draws all weights and orders. Rows that the file has
-are left as they are.
+A backbone has to be pretrained, and on nothing that is a digit: a small vision transformer first learns to tell printed
+letters apart (:func:`write_letters`: matplotlib's fonts at the 8 x 8 pixels of the digits' scans, without the letters
+that look like digits). Then it goes through the recipe ``incremental`` with its baselines: accuracy is that of the 300
+test images, of which those of the classes so far count. A seed draws the new weights and all orders; the backbone is
+the same. Rows that the file has are left as they are, and so is the pretraining's run folder.
 """
 import argparse
 import csv
@@ -18,12 +18,12 @@ import string
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 try:
@@ -34,7 +34,7 @@ except ImportError:
 from visionattn.cli import main as visionattn
 from visionattn.recipes import find_recipe
 
-__all__ = ["main", "measure", "write_letters", "write_table"]
+__all__ = ["main", "measure", "pretrained", "write_letters", "write_table"]
 
 SEEDS = (0, 1, 2)
 LETTERS = [letter for letter in string.ascii_letters if letter not in "IOloSsZzBbqg"]  # less what looks like a digit
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, help="of each step (default: the recipe's)")
-    parser.add_argument("--letters-epochs", type=int, default=40, help="of the pretraining")
+    parser.add_argument("--letters", type=Path, default=Path("runs/letters"), help="run folder of the pretraining")
+    parser.add_argument("--letters-epochs", type=int, default=60, help="of the pretraining")
     parser.add_argument("--out", type=Path, default=Path("results/incremental.csv"), help="CSV file; rows are appended")
     parser.add_argument("--page", type=Path, help="write the rows that there are as a table into this page, and stop")
     args = parser.parse_args(argv)
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for seed in args.seeds:
         if str(seed) in known:
             continue
-        rows = measure(seed, args.epochs, args.letters_epochs)
+        rows = measure(seed, pretrained(args.letters, args.letters_epochs), args.epochs)
         with args.out.open("a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             if file.tell() == 0:
@@ -74,33 +75,37 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(seed: int, epochs: int | None, letters_epochs: int) -> list[dict[str, Any]]:
-    """The rows of one seed: the accuracy of each method after each step.
+def pretrained(run: Path, epochs: int) -> Path:
+    """The checkpoint of the backbone that tells letters apart; trained, in the folder ``run``, if it is not there.
 
     Raises:
-        RuntimeError: A training fails.
+        RuntimeError: The training fails.
+    """
+    checkpoint = run / "checkpoints/best.ckpt"
+    if not (run / "test_metrics.json").is_file():
+        with tempfile.TemporaryDirectory() as letters:
+            write_letters(Path(letters))
+            _fit("imagefolder_finetune", run, 0, epochs, {
+                "data.root": letters, "data.image_size": 32, "data.batch_size": 64, "data.num_workers": 0,
+                "data.hflip": 0, "data.scale": "[0.6, 1.0]", "data.auto_augment": "null", "data.random_erasing": 0,
+                "data.crop_pct": 1.0, "data.mean": "[0.305, 0.305, 0.305]", "data.std": "[0.376, 0.376, 0.376]",
+                "model.backbone": "test_vit", "model.model_args": _model_args(), "model.lr": 2e-3,
+                "model.layer_decay": "null", "model.cutmix": 0, "model.mixup": 0, "model.drop_path_rate": 0,
+                "model.ema_decay": 0.99})
+    return checkpoint
+
+
+def measure(seed: int, checkpoint: Path, epochs: int | None) -> list[dict[str, Any]]:
+    """The rows of one seed: the accuracy of each method after each step, from a pretrained backbone.
+
+    Raises:
+        RuntimeError: The training fails.
     """
     start = time.process_time()
-    recipe = find_recipe("incremental").read_text()
-    line = next(line for line in recipe.splitlines() if "model_args" in line).partition(": ")[2]
-    common = ["--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.accelerator", "cpu",
-              "--trainer.enable_progress_bar", "false"]
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        write_letters(work / "letters")
-        _run("letters", [
-            "fit", "--config", "imagefolder_finetune", "--data.root", str(work / "letters"), "--data.image_size", "32",
-            "--data.num_workers", "0", "--data.hflip", "0", "--data.scale", "[0.6, 1.0]", "--data.auto_augment", "null",
-            "--data.random_erasing", "0", "--data.crop_pct", "1.0", "--data.batch_size", "64", "--data.mean",
-            "[0.305, 0.305, 0.305]", "--data.std", "[0.376, 0.376, 0.376]", "--model.backbone", "test_vit",
-            "--model.model_args", line, "--model.lr", "2e-3", "--model.layer_decay", "null", "--model.cutmix", "0",
-            "--model.mixup", "0", "--model.drop_path_rate", "0", "--model.ema_decay", "0.99",
-            "--trainer.max_epochs", str(letters_epochs), "--trainer.default_root_dir", str(work / "first"), *common])
-        more = [] if epochs is None else ["--trainer.max_epochs", str(epochs)]
-        _run("digits", [
-            "fit", "--config", "incremental", "--model.checkpoint_path", str(work / "first/checkpoints/best.ckpt"),
-            "--model.baselines", "true", "--trainer.default_root_dir", str(work / "steps"), *more, *common])
-        with (work / "steps/incremental.csv").open(newline="") as file:
+        _fit("incremental", Path(folder), seed, epochs, {
+            "model.checkpoint_path": checkpoint, "model.baselines": "true"})
+        with Path(folder, "incremental.csv").open(newline="") as file:
             table = [row for row in csv.DictReader(file) if row["step"] != "average"]
     about = {
         "minutes": round((time.process_time() - start) / 60, 2),
@@ -148,9 +153,18 @@ def write_table(source: Path, page: Path) -> None:
     write_between(page, START, END, lines)
 
 
-def _run(what: str, argv: Sequence[str]) -> None:
-    if visionattn(list(argv)):
-        raise RuntimeError(f"the training of the {what} failed")
+def _model_args() -> str:
+    """Of the recipe's backbone."""
+    return str(yaml.safe_load(find_recipe("incremental").read_text())["model"]["init_args"]["model_args"])
+
+
+def _fit(recipe: str, run: Path, seed: int, epochs: int | None, options: dict[str, Any]) -> None:
+    options = options | {
+        "seed_everything": seed, "data.seed": seed, "trainer.accelerator": "cpu", "trainer.default_root_dir": run,
+        "trainer.enable_progress_bar": "false"} | ({} if epochs is None else {"trainer.max_epochs": epochs})
+    argv = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    if visionattn(["fit", "--config", recipe, *argv]):
+        raise RuntimeError(f"the training by the recipe {recipe} failed")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class StepAdapters(Adapter):
     nothing is added: ``up`` is zero.
 
     Args:
-        steps: Number of steps.
+        steps: Number of steps; 0 for a plain adapter.
         dim: Width of the bottleneck.
 
     Attributes:
@@ -39,12 +39,12 @@ class StepAdapters(Adapter):
         ValueError: There are no such steps or width.
     """
 
-    summary = "bottlenecks in parallel to the MLPs, a stored set for each step of an incremental training"
+    summary = "bottlenecks in parallel to the MLPs; in incremental training a stored set for each step"
 
-    def __init__(self, steps: int, dim: int = 16):
+    def __init__(self, steps: int = 0, dim: int = 16):
         super().__init__(steps=steps, dim=dim)
-        if steps < 1 or dim < 1:
-            raise ValueError(f"steps and dim must be at least 1, got {steps} and {dim}")
+        if steps < 0 or dim < 1:
+            raise ValueError(f"steps must not be negative and dim be at least 1, got {steps} and {dim}")
         self.layers = nn.ModuleList()
         self.chosen: Tensor | int | None = None
 
@@ -67,15 +67,18 @@ class StepAdapters(Adapter):
 
     def store(self, step: int) -> None:
         """Keeps the weights in training as those of a step."""
-        for layer in self.layers:
+        for layer in self._bottlenecks():
             layer.store(step)
 
     @torch.no_grad()
     def pull(self, step: int, momentum: float) -> None:
         """Moves the weights in training towards the mean of those of the steps before ``step``, by ``momentum``."""
-        for layer in self.layers:
+        for layer in self._bottlenecks():
             for current, stored in layer.pairs():
                 current.copy_(pulled(current, stored[:step], momentum))
+
+    def _bottlenecks(self) -> list["StepBottleneck"]:
+        return [layer for layer in self.layers if isinstance(layer, StepBottleneck)]
 
     def _beside(self, layer: "StepBottleneck", x: Tensor, branch: Tensor) -> Tensor:
         return branch + layer(x, self.chosen)
@@ -104,7 +107,7 @@ class StepBottleneck(nn.Module):
                 self.register_buffer(f"{layer}_{name}", weights.detach().new_zeros(steps, *weights.shape))
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each tensor in training, and the stored ones of all steps ``[steps, ...]``."""
+        """Weight and bias of down, then of up: the tensor in training and the stored ones ``[steps, ...]``."""
         for layer in LAYERS:
             for name, weights in getattr(self, layer).named_parameters():
                 yield weights, getattr(self, f"{layer}_{name}")
@@ -123,20 +126,20 @@ class StepBottleneck(nn.Module):
         """
         if chosen is None:
             return self.up(self.drop(self.down(x).relu()))
+        stored = [stored[chosen] for _, stored in self.pairs()]
         if isinstance(chosen, int):
-            hidden = linear(x, self.down_weight[chosen], self.down_bias[chosen]).relu()
-            return linear(hidden, self.up_weight[chosen], self.up_bias[chosen])
+            return linear(linear(x, *stored[:2]).relu(), *stored[2:])
         if x.shape[0] != chosen.shape[0]:
             raise ValueError("the blocks of this model put the tokens of several images together or apart, so that no "
                              "adapter can be chosen for each image")
-        y = x.flatten(1, -2)
-        for layer in LAYERS:
-            weight, bias = (getattr(self, f"{layer}_{name}")[chosen].to(y.dtype) for name in ("weight", "bias"))
-            y = y @ weight.mT + bias[:, None]
-            y = y.relu() if layer == "down" else y
-        return y.reshape(x.shape)
+        down, down_bias, up, up_bias = (one.to(x.dtype) for one in stored)
+        hidden = (x.flatten(1, -2) @ down.mT + down_bias[:, None]).relu()
+        return (hidden @ up.mT + up_bias[:, None]).reshape(x.shape)
 
 
 def pulled(current: Tensor, earlier: Tensor, momentum: float) -> Tensor:
     """``(1 - momentum) current + momentum mean(earlier)``: a moving average over the adapters ``[n, ...]`` of steps."""
     return torch.lerp(current, earlier.mean(dim=0), momentum)
+
+
+adapter = StepAdapters

@@ -136,7 +136,10 @@ class ClassificationData(LoadedData):
         return self.plain_dataloader("test")
 
     def plain_dataloader(self, split: str, classes: Collection[int] | None = None) -> DataLoader:
-        """Images of ``train``, ``val`` or ``test``, of ``classes`` alone if given, in order, as evaluation sees them."""
+        """Images of ``train``, ``val`` or ``test`` in their order, as evaluation sees them.
+
+        ``classes``: their images alone.
+        """
         images: Dataset = self._images(self.samples[split], self.eval_transform)
         return self._eval_loader(images if classes is None else of_classes(images, classes)[0])
 

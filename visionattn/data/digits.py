@@ -86,7 +86,10 @@ class DigitsData(LoadedData):
         return self.plain_dataloader("test")
 
     def plain_dataloader(self, split: str, classes: Collection[int] | None = None) -> DataLoader:
-        """Images of ``train``, ``val`` or ``test``, of ``classes`` alone if given, in order, without changes at random."""
+        """Images of ``train``, ``val`` or ``test`` in their order, as evaluation sees them.
+
+        ``classes``: their images alone.
+        """
         images: Dataset = _Digits(self, getattr(self, split))
         return self._eval_loader(images if classes is None else of_classes(images, classes)[0])
 

@@ -104,8 +104,8 @@ class IncrementalTask(ClassificationTask):
             checkpoint_path=checkpoint_path, model_args=model_args, in_chans=in_chans, lr=lr, weight_decay=weight_decay,
             label_smoothing=0.0)
         if not 0 <= momentum <= 1 or covariance not in ("full", "variance") or sigma <= 0:
-            raise ValueError("momentum must lie between 0 and 1, covariance be full or variance, and sigma positive, got "
-                             f"{momentum}, {covariance!r} and {sigma}")
+            raise ValueError("momentum must lie between 0 and 1, covariance be full or variance, and sigma positive, "
+                             f"got {momentum}, {covariance!r} and {sigma}")
         step_of = split_classes(steps, self.names)
         bare: Any = self.model
         bare.reset_classifier(0)
@@ -129,7 +129,7 @@ class IncrementalTask(ClassificationTask):
         trainer: Any = self.trainer
         data = trainer.datamodule
         if trainer.world_size > 1:
-            raise ValueError(f"incremental training runs on one device, and here are {trainer.world_size} processes: set "
+            raise ValueError(f"incremental training runs on one device, and here are {trainer.world_size}: set "
                              "trainer.devices to 1")
         if not hasattr(data, "plain_dataloader") or data.multi_label:
             raise ValueError("incremental training takes the classification data of this package, with one label an "
@@ -170,9 +170,9 @@ class IncrementalTask(ClassificationTask):
         if fitting and saved["_round_epochs"] != self._epochs:
             raise ValueError(f"this run has {saved['_round_epochs']} epochs a step, and trainer.max_epochs is "
                              f"{self._epochs}: leave it as it was")
-        kept = {"gaussians": self.gaussians, "baseline": self.baseline}
+        absent = tuple(f"{name}." for name in ("gaussians", "baseline") if getattr(self, name) is None)
         checkpoint["state_dict"] = {
-            key: value for key, value in checkpoint["state_dict"].items() if kept.get(key.split(".")[0], self) is not None}
+            key: value for key, value in checkpoint["state_dict"].items() if not key.startswith(absent)}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """What trains the round's weights; its rates are set batch by batch."""
@@ -372,8 +372,8 @@ class IncrementalTask(ClassificationTask):
             writer = csv.writer(file)
             writer.writerow(["step", "classes", *methods])
             for step in range(len(self.accuracies["incremental"])):
-                values = [self.accuracies[method][step:step + 1] for method in methods]
-                writer.writerow([step + 1, len(self._so_far(step)), *(f"{one[0]:.6f}" if one else "" for one in values)])
+                found = [values[step:step + 1] for values in self.accuracies.values()]
+                writer.writerow([step + 1, len(self._so_far(step)), *(f"{one[0]:.6f}" if one else "" for one in found)])
             means = [sum(values) / len(values) for values in self.accuracies.values()]
             writer.writerow(["average", "", *(f"{mean:.6f}" for mean in means)])
         curves = {METHODS[method]: list(enumerate(values, 1)) for method, values in self.accuracies.items()}
