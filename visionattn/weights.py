@@ -35,6 +35,9 @@ def check_unadapted(path: str | Path, run: dict[str, Any]) -> None:
 
     A training does not start from them: without the adapter they are another model's.
     """
+    if run.get("steps"):
+        raise ValueError(f"{path} is of a class-incremental run, whose weights are in adapters: start from what it "
+                         "started from")
     if run.get("adapter"):
         raise ValueError(f"{path} is of a run with the adapter {run['adapter']}: start from the weights that the run "
                          "started from, or from those that visionattn adapters merge makes of it")

@@ -148,7 +148,7 @@ def test_what_is_added_is_a_bottleneck_of_the_tokens_before_the_norm():
 def _classifier():
     torch.manual_seed(0)
     model = IncrementalClassifier(timm.create_model("test_vit", num_classes=0, **SMALL), [0, 0, 1, 1, 2, 2], 4, 4.0)
-    _filled(model, model.adapters)
+    _filled(model, model.step_adapters)
     with torch.no_grad():
         model.prototypes.copy_(model.features(torch.randn(6, 3, 16, 16), 0))
     nn.init.normal_(model.head.weight)
@@ -239,9 +239,9 @@ def test_a_step_trains_its_adapter_on_its_classes_alone(trainer):
     """The backbone stays, batches are of the step's classes, and an adapter is moved once an optimiser step."""
     task, seen, moved = _task(), [], []
     weights = {key: value.clone() for key, value in task.model.backbone.state_dict().items() if "adapters" not in key}
-    step, pull = task.training_step, task.model.adapters.pull
+    step, pull = task.training_step, task.model.step_adapters.pull
     task.training_step = lambda batch: seen.append((task._number, set(batch[1].tolist()))) or step(batch)
-    task.model.adapters.pull = lambda *args: moved.append(args) or pull(*args)
+    task.model.step_adapters.pull = lambda *args: moved.append(args) or pull(*args)
     trainer(accumulate_grad_batches=2, limit_train_batches=4).fit(task, FewDigits(batch_size=3))
     groups = [{0, 3}, {1, 2}, {4, 5, 6, 7, 8, 9}]
     assert all(labels <= groups[number] for number, labels in seen)
@@ -249,7 +249,7 @@ def test_a_step_trains_its_adapter_on_its_classes_alone(trainer):
     assert moved == [(1, 0.1)] * 4 + [(2, 0.1)] * 4
     after = task.model.backbone.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in weights.items())
-    stored = task.model.adapters.layers[0].up_weight
+    stored = task.model.step_adapters.layers[0].up_weight
     assert (stored[0] - stored[1]).abs().max() > 0
     assert int(task.model.done) == 3
     assert task.gaussians.mean.abs().sum(dim=1).min() > 0
@@ -328,3 +328,5 @@ def test_a_checkpoint_is_rebuilt_whole(trainer, tmp_path):
     for model in (rebuilt, create_model(None, tmp_path / "run.ckpt").eval(),
                   IncrementalTask.load_from_checkpoint(tmp_path / "run.ckpt").eval()):
         torch.testing.assert_close(model(images), expected)
+    with pytest.raises(ValueError, match="is of a class-incremental run, whose weights are in adapters"):
+        _task(checkpoint_path=str(tmp_path / "run.ckpt"))

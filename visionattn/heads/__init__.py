@@ -9,7 +9,7 @@ from .semantic_fpn import SemanticFPNHead
 from .upernet import FCNHead, PyramidPooling, UPerNetHead
 
 __all__ = [
-    "EfficientProbing", "FCNHead", "FeaturePyramid", "IncrementalClassifier", "MultiHeadPooling", "PooledHead", "PyramidPooling",
-    "SegFormerHead", "Segmenter", "SemanticFPNHead", "UPerNetHead", "build_detector", "multi_scale", "pool_tokens",
-    "segformer_head_weights", "sliding_window",
+    "EfficientProbing", "FCNHead", "FeaturePyramid", "IncrementalClassifier", "MultiHeadPooling", "PooledHead",
+    "PyramidPooling", "SegFormerHead", "Segmenter", "SemanticFPNHead", "UPerNetHead", "build_detector", "multi_scale",
+    "pool_tokens", "segformer_head_weights", "sliding_window",
 ]

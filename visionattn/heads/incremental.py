@@ -57,7 +57,7 @@ class IncrementalClassifier(nn.Module):
         self.register_buffer("done", torch.tensor(0))
 
     @property
-    def adapters(self) -> StepAdapters:
+    def step_adapters(self) -> StepAdapters:
         """Those of all steps, and the one in training; layers of the backbone's."""
         return cast(StepAdapters, adapters_of(self.backbone)[LABEL])
 
@@ -65,7 +65,7 @@ class IncrementalClassifier(nn.Module):
         """Sets the mode of adapters and head; the backbone, which does not train, stays in eval mode."""
         super().train(mode)
         self.backbone.eval()
-        self.adapters.train(mode)
+        self.step_adapters.train(mode)
         return self
 
     def features(self, images: Tensor, step: Tensor | int | None = None) -> Tensor:
@@ -75,7 +75,7 @@ class IncrementalClassifier(nn.Module):
             images: Normalised images.
             step: Whose stored adapter is taken: of each image ``[B]``, or one for all; None for the one in training.
         """
-        with self.adapters.using(step):
+        with self.step_adapters.using(step):
             return self.backbone(images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class IncrementalClassifier(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The backbone's tokens or maps under the adapter of the first step, as prototypes see them."""
-        with self.adapters.using(0):
+        with self.step_adapters.using(0):
             return self.backbone.forward_features(images)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

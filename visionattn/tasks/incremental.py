@@ -181,7 +181,7 @@ class IncrementalTask(ClassificationTask):
             parameter.requires_grad_(False)
         optimizer: Optimizer
         if self._round.method == "incremental":
-            adapters, head = self.model.adapters.trained(), [self.model.head.weight]
+            adapters, head = self.model.step_adapters.trained(), [self.model.head.weight]
             optimizer = torch.optim.SGD(
                 [{"params": adapters, "lr": args.lr}, {"params": head, "lr": HEAD_LR * args.lr}],
                 momentum=0.9, weight_decay=args.weight_decay)
@@ -240,7 +240,7 @@ class IncrementalTask(ClassificationTask):
         super().optimizer_step(*args, **kwargs)
         method, step, _ = self._round
         if method == "incremental" and step:
-            self.model.adapters.pull(step, self.args.momentum)
+            self.model.step_adapters.pull(step, self.args.momentum)
 
     def on_train_epoch_end(self) -> None:
         """Ends a round with its last epoch: what is kept of the classes, alignment, accuracy, table and curve."""
@@ -327,7 +327,7 @@ class IncrementalTask(ClassificationTask):
         """Stores the adapter, the Gaussians and the prototypes of a step's classes; aligns the head."""
         model, gaussians = self.model, self.gaussians
         assert gaussians is not None
-        model.adapters.store(step)
+        model.step_adapters.store(step)
         found: dict[int, list[Tensor]] = {label: [] for label in group}
         sums, counts = torch.zeros_like(model.prototypes), Counter[int]()
         for images, labels in self._batches("train", group):
