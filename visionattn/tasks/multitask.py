@@ -205,6 +205,16 @@ class MultiTask(Task):
             optimizer, steps, self.warmup_steps(args.warmup_steps, steps), self.of_peak(args.min_lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Tells the tasks."""
+        for task in self.tasks().values():
+            task.on_train_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Tells the tasks."""
+        for task in self.tasks().values():
+            task.on_train_epoch_start()
+
     def training_step(self, batch: tuple[Any, Any, str]) -> Tensor:
         """Loss of a batch of one task, weighed."""
         images, labels, name = batch
