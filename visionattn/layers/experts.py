@@ -218,8 +218,10 @@ class TaskRouter(AuxiliaryLosses, nn.Module):
                 spread = F.softplus(F.linear(x, getattr(self, f"noise_{self.task}").to(x.dtype))) + _LEAST_NOISE
                 logits = logits + torch.randn_like(logits) * spread
             probability = logits.softmax(dim=-1) + _EPS
-            gates, index = probability.sort(dim=-1, descending=True, stable=True)
-            gates, index = gates[..., :self.topk], index[..., :self.topk]
+            # Runtimes choose differently among equal ones, which all are at first.
+            handicap = 8 * torch.finfo(x.dtype).eps * torch.arange(self.num_experts, device=x.device, dtype=x.dtype)
+            index = (logits - handicap).topk(self.topk, dim=-1).indices
+            gates = probability.gather(-1, index)
             if self.training and not (isinstance(x.numel(), int) and x.numel() == 0):
                 self._learn(logits.flatten(0, -2), probability.flatten(0, -2), index.flatten(0, -2))
         return gates, index
@@ -337,9 +339,9 @@ class ExpertMlp(_Experts):
         experts, topk = *numbers(self.fc1.shape[:1]), *numbers(index.shape[-1:])
         if topk < experts and concrete(x, devices=True):
             order, back, counts = sort_by_expert(index, experts)
-            rows = x.flatten(0, -2)[order // topk]
+            rows = x.flatten(0, -2).index_select(0, order // topk)
             hidden = F.gelu(grouped_linear(rows, self.fc1, self.fc1_bias, counts))
-            out = grouped_linear(hidden, self.fc2.transpose(1, 2), self.fc2_bias, counts)[back]
+            out = grouped_linear(hidden, self.fc2.transpose(1, 2), self.fc2_bias, counts).index_select(0, back)
             return (out.reshape(*index.shape, -1) * gates.to(out.dtype)[..., None]).sum(dim=-2)
         hidden = F.gelu(F.linear(x, self.fc1.flatten(0, 1), self.fc1_bias.flatten()))
         gates = gates.new_zeros(*index.shape[:-1], experts).scatter(-1, index, gates).to(hidden.dtype)
@@ -409,15 +411,16 @@ class ExpertAttention(_Experts):
         groups = topk < experts and concrete(x, devices=True)
         if groups:
             order, back, counts = sort_by_expert(index, experts)
-            rows = x.flatten(0, 1)[order // topk]
-            q = grouped_linear(rows, self.query, None, counts)[back].reshape(slots.shape)
+            rows = x.flatten(0, 1).index_select(0, order // topk)
+            q = grouped_linear(rows, self.query, None, counts).index_select(0, back).reshape(slots.shape)
         else:
             q = F.linear(x, self.query.flatten(0, 1)).unflatten(-1, (experts, width)).gather(2, slots)
         k, v = (t[:, None].expand(-1, topk, -1, -1) for t in kv.chunk(2, dim=-1))
         out = attend(q.transpose(1, 2), k, v).transpose(1, 2)
         out = out * gates.to(out.dtype)[..., None]
         if groups:
-            out = grouped_linear(out.flatten(0, 2)[order], self.proj.transpose(1, 2), None, counts)[back]
+            rows = out.flatten(0, 2).index_select(0, order)
+            out = grouped_linear(rows, self.proj.transpose(1, 2), None, counts).index_select(0, back)
             return out.reshape(*index.shape, -1).sum(dim=-2)
         out = out.new_zeros(*index.shape[:2], experts, width).scatter(2, slots, out)
         return out.flatten(2) @ self.proj.flatten(0, 1)
