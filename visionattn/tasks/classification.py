@@ -207,6 +207,7 @@ class ClassificationTask(Task):
         adapter = active_adapter(self.model)
         if adapter is not None and adapter.steps_itself:
             _check_own_step(self.args)
+            say("A step takes two forwards, of which the adapter compares the answers, and the backward of both.")
         fresh = not (self.args.pretrained or self.args.checkpoint_path or self.trainer.ckpt_path)
         if self.args.frozen and fresh:
             say("Warning: the frozen layers have random weights: set pretrained or checkpoint_path.")
