@@ -30,16 +30,17 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Blocks, of which some repeat others, between an embedding and a classifier."""
 
-    def __init__(self, *blocks, looks_inside=False, numbers=(), maps=False):
+    def __init__(self, *blocks, looks_inside=False, numbers=(), maps=False, held=False):
         super().__init__()
         self.embed, self.blocks, self.head = nn.Conv2d(3, 8, 4, 4), nn.ModuleList(blocks), nn.Linear(8, 5)
         self.looks_inside, self.numbers, self.maps, self.num_classes = looks_inside, numbers, maps, 5
+        self.held = list(blocks) if held else None  # and not called by their names
         self.pretrained_cfg = {"input_size": (3, 16, 16)}
 
     def forward(self, x):
         x = self.embed(x).flatten(2).transpose(1, 2)
         found = []
-        for block in self.blocks:
+        for block in self.held or self.blocks:
             x = block(x, *self.numbers)
             found.append(x)
             if self.looks_inside:
@@ -85,7 +86,8 @@ def test_blocks_within_blocks_are_part_of_them():
     Net(Block(table=True), Block(table=True)),
     Net(Block(), Block(), Block(), numbers=(3,)),
     Net(Block(), Block(), looks_inside=True),
-], ids=["two kinds", "buffers", "numbers", "looked into"])
+    Net(Block(), Block(), held=True),
+], ids=["two kinds", "buffers", "numbers", "looked into", "held"])
 def test_the_file_is_that_of_the_whole(net, tmp_path, monkeypatch):
     export_onnx(net, tmp_path / "repeats.onnx")
     monkeypatch.setattr(graph, "find_repeats", lambda model, images: None)

@@ -37,6 +37,8 @@ def graph_of(model: nn.Module, images: Tensor, opset: int, **options: Any) -> An
         # Whoever looks into blocks that are placeholders is captured as a whole.
         with suppress(RuntimeError), repeats.placeholders():
             program = _captured(repeats, (images, *repeats.examples), opset, dynamic_shapes=shapes, **options)
+        if program is not None and not repeats.complete(program.model.graph):
+            program = None
     if repeats and program is not None:
         repeats.open(program.model.graph)
         _optimise(program)

@@ -67,6 +67,11 @@ class Repeats(nn.Module):
             for member in members:
                 self.model.set_submodule(member.path, member.block)
 
+    def complete(self, graph: Any) -> bool:
+        """Whether all placeholders are in a graph: a block that is not called by its name has been captured itself."""
+        places = sum(node.op_type == PLACEHOLDER for node in graph)
+        return places == sum(len(members) for members in self.kinds)
+
     def open(self, graph: Any) -> None:
         """Makes inputs of the blocks' weights, so that nothing is computed of them before the nodes are copied."""
         for kind, block in enumerate(self.blocks):
