@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from visionattn import adapters
 from visionattn.adapters._places import find_attention, find_blocks
+from visionattn.layers import GroupedQueryAttention
 
 
 def vit(seed=0, classes=5, **args):
@@ -55,9 +56,28 @@ def test_models_without_places_are_refused():
             adapters.attach(model, "onebit", shape=shape)
     assert not adapters.adapters_of(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    beit = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=32, num_heads=2)
-    with pytest.raises(ValueError, match="no attention"):
-        adapters.attach(beit, "onebit", shape="lora")
+    for name in ("beit_base_patch16_224", "swinv2_tiny_window8_256", "tiny_vit_5m_224", "efficientformer_l1"):
+        with torch.device("meta"):  # whose qkv is not called, or has its rows in another order
+            model = timm.create_model(name)
+        with pytest.raises(ValueError, match="has no attention that an adapter could go into"):
+            adapters.attach(model, "onebit", shape="lora")
+
+
+def test_attention_with_fewer_keys_than_queries_is_refused():
+    attention = GroupedQueryAttention(48, num_heads=4, kv_heads=1)
+    assert attention.qkv.out_features % 3 == 0
+    with pytest.raises(ValueError, match="has no attention"):
+        find_attention(attention)
+    assert find_attention(GroupedQueryAttention(48, num_heads=4, kv_heads=4))
+
+
+@pytest.mark.slow
+def test_adapters_compile_into_one_graph():
+    for shape in ("adaptformer", "lora"):
+        model, images = vit(), torch.randn(2, 3, 32, 32)
+        adapters.attach(model, "onebit", dim=8, shape=shape)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), model(images))
 
 
 def test_wrong_arguments_are_refused():

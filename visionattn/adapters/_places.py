@@ -65,9 +65,7 @@ def find_attention(model: nn.Module) -> list[Attention]:
     found = []
     for name, module in model.named_modules():
         qkv = getattr(module, "qkv", None)
-        # BEiT and Swin v2 multiply by the matrix itself, unseen; MaxViT's heads each have rows of all three kinds.
-        if isinstance(qkv, nn.Linear) and qkv.out_features % 3 == 0 and not (
-                getattr(module, "q_bias", None) is not None or getattr(module, "head_first", False)):
+        if isinstance(qkv, nn.Linear) and qkv.out_features % 3 == 0 and not _differs(module):
             found.append(Attention(name, module, qkv, qkv.in_features, qkv.out_features // 3))
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention that an adapter could go into: none of its modules "
@@ -78,6 +76,14 @@ def find_attention(model: nn.Module) -> list[Attention]:
 def branch_ends(block: nn.Module) -> list[nn.Module]:
     """What stochastic depth a block has (``nn.Identity`` at a rate of 0): the end of each of its branches."""
     return [module for name, module in block.named_children() if name.startswith("drop_path")]
+
+
+def _differs(attention: Any) -> bool:
+    """Whether an attention's ``qkv`` is not called, or its rows are not a third each of queries, keys and values."""
+    return (
+        getattr(attention, "q_bias", None) is not None  # BEiT's and Swin v2's, which multiply by the matrix itself
+        or getattr(attention, "head_first", False) or hasattr(attention, "val_dim")  # MaxViT's, LeViT's: by heads
+        or (hasattr(attention, "kv_heads") and attention.kv_heads != attention.num_heads))
 
 
 def _of_tokens(norm: nn.LayerNorm) -> bool:
