@@ -86,8 +86,9 @@ def test_wrong_arguments_are_refused():
         adapters.attach(model, "twobit")
     with pytest.raises(ValueError, match="onebit has no option width; it has bits, dim"):
         adapters.attach(model, "onebit", width=3)
-    with pytest.raises(ValueError, match="label must be a name"):
-        adapters.attach(model, "onebit", label="a.b")
+    for label in ("a.b", "", "head", "keys"):
+        with pytest.raises(ValueError, match=f"an adapter cannot be called '{label}' here"):
+            adapters.attach(model, "onebit", label=label) if label else adapters.Adapter().attach(model, label)
     adapters.attach(model, "onebit")
     with pytest.raises(ValueError, match="has an adapter 'onebit' already"):
         adapters.attach(model, "onebit")

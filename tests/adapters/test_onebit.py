@@ -51,6 +51,22 @@ def test_layers(case):
     assert torch.equal(layer.pack(), packed)
 
 
+@pytest.mark.parametrize("bits", [1, 4])
+def test_half_precision_rounds_to_the_same_levels(bits):
+    layer = LowBitLinear(16, 8, bits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.rounded().dtype == torch.float32
+        assert layer(torch.randn(2, 16)).dtype == torch.bfloat16
+    layer.bfloat16()
+    packed, rounded = layer.pack(), layer.rounded()
+    assert rounded.dtype == torch.bfloat16
+    fresh = LowBitLinear(16, 8, bits)
+    fresh.unpack(packed)
+    assert torch.equal(fresh.rounded().bfloat16(), rounded)
+    layer.unpack(packed)
+    assert torch.equal(layer.pack(), packed)
+
+
 def test_gradients_are_those_of_the_formula():
     layer = LowBitLinear(6, 4, 2).double()
     weight, g = layer.weight.detach(), golden.random(3, (4, 6))

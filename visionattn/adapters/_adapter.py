@@ -149,8 +149,8 @@ class Adapter(nn.Module):
         room = adapters_of(model)
         if label in room:
             raise ValueError(f"the model has an adapter {label!r} already")
-        if not label.isidentifier():
-            raise ValueError(f"an adapter's label must be a name of letters, digits and underscores, got {label!r}")
+        if not label or "." in label or hasattr(_Room(), label):
+            raise ValueError(f"an adapter cannot be called {label!r} here: take a name without dots")
         if not room:
             backbone.add_module(ROOM, _Room())
         before = active_label(model)

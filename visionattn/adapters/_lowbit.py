@@ -1,6 +1,7 @@
 """Matrices whose weights take 1, 2, 4 or 8 bits each, trained through their rounding and packed into bytes."""
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class LowBitLinear(nn.Module):
     It trains ``weight`` in full precision and multiplies by its rounding: normalised by mean and standard deviation of
     the whole matrix, to the levels of :func:`codebook`, and back. Gradients pass the rounding as if it were none and
     are exact otherwise, through mean and deviation too. From packed bytes (:meth:`unpack`) it becomes a plain matrix,
-    whose weights do not train.
+    whose weights do not train. All of it is computed in float32 at least, whatever dtype the weights have.
 
     Args:
         in_features: Width of the input.
@@ -69,9 +70,19 @@ class LowBitLinear(nn.Module):
         if out_features * in_features * bits % 8:
             raise ValueError(f"{out_features} x {in_features} weights of {bits} bits do not fill whole bytes: take "
                              f"another width, or a number of weights that is a multiple of {8 // bits}")
-        for name, values in zip(("levels", "boundaries"), codebook(bits), strict=True):
-            values = values.clone().to(self.weight.device, self.weight.dtype)  # exporters refuse shared ones
+        self._set_codebook()
+
+    def _set_codebook(self) -> None:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        for name, values in zip(("levels", "boundaries"), codebook(self.bits), strict=True):
+            values = values.clone().to(self.weight.device, dtype)  # exporters refuse shared ones
             self.register_buffer(name, values, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LowBitLinear":
+        super()._apply(fn, recurse)
+        if self.bits != 32:
+            self._set_codebook()  # to half precision go the weights, not the levels
+        return self
 
     @property
     def num_bytes(self) -> int:
@@ -86,17 +97,18 @@ class LowBitLinear(nn.Module):
         """The matrix that it multiplies by."""
         if self.bits == 32 or self.packed_as is not None:
             return self.weight
-        mean, deviation = self.weight.mean(), self.weight.std()
-        normal = (self.weight - mean) / (deviation + TINY)
+        weight = self.weight.to(self.levels.dtype)
+        mean, deviation = weight.mean(), weight.std()
+        normal = (weight - mean) / (deviation + TINY)
         with torch.no_grad():  # on a boundary: between its two levels
             level = (self.levels[torch.bucketize(normal, self.boundaries)]
                      + self.levels[torch.bucketize(normal, self.boundaries, right=True)]) / 2
-        return (level + (normal - normal.detach())) * deviation + mean
+        return ((level + (normal - normal.detach())) * deviation + mean).to(self.weight.dtype)
 
     @torch.no_grad()
     def pack(self) -> Tensor:
         """The matrix as bytes: weights row by row, the first in a byte's lowest bits, mean and deviation as float32."""
-        weight = self.weight.detach()
+        weight = self.weight.detach().to(self.levels.dtype)
         if self.packed_as is None:
             mean, deviation = weight.mean(), weight.std()
             index = torch.bucketize((weight - mean) / (deviation + TINY), self.boundaries)
