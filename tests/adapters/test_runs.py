@@ -12,7 +12,7 @@ from visionattn.tasks.rebuild import create_model
 @pytest.mark.parametrize(("name", "options"), [
     ("mosa", "{shape: lora, targets: qkvo, bottleneck: 8}"),
     ("tcpa", "{class_pool: 4, class_topk: 2, image_pool: 4, image_topk: 2, value_prompts: true}")])
-def test_a_run(name, options, tmp_path):
+def test_a_run(name, options, tmp_path, caplog, capsys):
     run = tmp_path / "run"
     assert main([
         "fit", "--config", "digits_biformer", "--trainer.default_root_dir", str(run), "--trainer.max_epochs", "1",
@@ -27,5 +27,7 @@ def test_a_run(name, options, tmp_path):
     adapters.load(plain, run / "adapter.safetensors")
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(images), model(images))
+    assert main(["adapters", "merge", str(run), "--out", str(tmp_path / "merged.safetensors")]) != 0
+    assert "cannot be folded into the backbone's weights" in caplog.text + capsys.readouterr().err
     assert main(["export", "--checkpoint", str(checkpoint), "--out", str(file)]) == 0  # compares the answers
     assert file.stat().st_size > 10_000

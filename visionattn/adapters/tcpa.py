@@ -41,7 +41,7 @@ class TCPA(Adapter):
 
     It trains pools and options, and the head beside them, while the backbone stays in eval mode. Keys learn by the
     distance to the tokens that chose them, which is a loss of its own (``train/prompt_distance``). A file holds all of
-    it. It cannot be merged, as the selection depends on the image.
+    it. Merging leaves it as it is, as the selection depends on the image.
 
     In the first ``random_epochs`` of a training (:meth:`begin_epoch` says which it is) entries are drawn at random, so
     that all of them learn. Evaluation selects by similarity, or all prompts of the pool with ``select`` ``role``.
@@ -160,10 +160,6 @@ class TCPA(Adapter):
             return False
         return self.select == "random" or (self.epoch is not None and self.epoch < self.random_epochs)
 
-    def merge(self, backbone: Any) -> bool:
-        """Raises a ValueError: there is nothing that it could be merged into."""
-        raise ValueError("tcpa cannot be merged into the weights: which prompts a token sees depends on the image")
-
     def disturbed(self, x: Tensor) -> Tensor:
         """Tokens, with noise in training if there is to be any."""
         return x + self.noise * torch.randn_like(x) if self.noise and self.training else x
@@ -257,7 +253,7 @@ class BlockPrompts(AuxiliaryLosses, nn.Module):
             PromptPool(dim, size, length, by_keys, device=device, dtype=dtype)
             for size, length in zip(sizes, lengths, strict=True))
         self.drop = nn.Dropout(dropout)
-        self.register_buffer("fixed", None)
+        self.register_buffer("fixed", None, persistent=False)
 
     def inserted(self, batch: int) -> Tensor:
         """The prompts, those of the class token first, ``[1, prompts, dim]``; in training ``[batch, prompts, dim]``."""
