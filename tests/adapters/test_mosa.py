@@ -419,6 +419,22 @@ def test_files_hold_what_copies_make(merging, tmp_path):
             adapter.load_tensors({key: x for key, x in list(adapter.tensors().items())[1:]})
 
 
+@pytest.mark.parametrize(("name", "args"), [("test_vit", {"img_size": 64}), ("test_fan", {})])
+def test_inner_values_computed_twice_are_of_one_draw(name, args):
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=4, **args)
+        adapter = adapters.attach(model, "mosa", shape="houlsby", bottleneck=4, share="none")
+        stir(adapter)
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(3)
+        adapter.loss(model.train(), images(64), lambda logits: logits.square().mean()).backward()
+        gradients.append([parameter.grad for parameter in adapter.parameters()])
+    for once, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, twice)
+
+
 def test_dealing_is_by_seed_and_name():
     def owners(seed):
         model = timm.create_model("test_vit", img_size=32)

@@ -425,10 +425,10 @@ class ExpertLinear(nn.Module):
 
 
 def _own(copies: Tensor | None, owner: Tensor | None, number: Tensor) -> Any:
-    if copies is None or owner is None:
-        return None if copies is None else copies[number]
-    own = copies[number]
-    return torch.where(owner == number, own, own.detach())
+    if copies is None:
+        return None
+    own = copies.index_select(0, number[None])[0]  # no [number], which would wait for the number
+    return own if owner is None else torch.where(owner == number, own, own.detach())
 
 
 class SparseAdapter(nn.Module):
