@@ -107,12 +107,34 @@ def test_a_step_trains_the_backbone_and_the_head_of_its_task():
         assert owners == {name, "balance"}
 
 
+def test_a_backbone_of_experts_takes_the_routers_of_each_task():
+    names = ["segmentation", "classification"]
+    model = _task(
+        backbone="test_modular_vit", model_args={"tasks": names}, detection=None, balance="fixed",
+        num_classes={"classification": 10, "segmentation": 11})
+    router = model.classification.model.blocks[0].attn.router
+    assert router is model.segmentation.model.backbone.model.blocks[0].attn.router
+    for name, images in {"classification": torch.rand(1, 3, 32, 32), "segmentation": torch.rand(1, 3, 64, 64)}.items():
+        model(images, name)
+        assert router.tasks[router.task] == name
+        assert model._run_of(model.tasks()[name])["model_args"] == {"tasks": names, "task": name}
+    with pytest.raises(ValueError, match="the routers know the tasks"):
+        _task(backbone="test_modular_vit", model_args={"tasks": ["cats", "dogs"]})
+
+
 def test_weights_are_shared_where_models_differ_in_what_they_compute():
     first = create_classifier("test_dinat", False, None, {"num_classes": 3})
     dense = DenseBackbone("test_dinat", task="segmentation")
     assert share_weights(first, dense.model, "test_dinat", "segmentation") > 0
     known = dict(first.named_parameters())
     assert all(weight is known[key] for key, weight in dense.model.named_parameters())
+    first = create_classifier("test_efficientnet", False, None, {"num_classes": 3})
+    dense = DenseBackbone("test_efficientnet", task="detection")
+    share_weights(first, dense.model, "test_efficientnet", "detection")
+    assert dense.model.bn1 is first.bn1
+    with pytest.raises(ValueError, match="agent_swin has no common weights for detection"):
+        share_weights(create_classifier("test_agent_swin", False, None, {"num_classes": 3}),
+                      DenseBackbone("test_agent_swin", task="detection").model, "test_agent_swin", "detection")
     norms, images = create_classifier("resnet10t", False, None, {"num_classes": 3}), torch.randn(2, 3, 32, 32)
     dense = DenseBackbone("resnet10t", task="detection")
     share_weights(norms, dense.model, "resnet10t", "detection")

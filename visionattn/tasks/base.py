@@ -49,7 +49,7 @@ class Task(pl.LightningModule):
     def data(self) -> Any:
         """The data module; of a training of several tasks this one's; None where there is none."""
         data: Any = getattr(self._trainer, "datamodule", None)
-        return data if self.part is None else data.parts[self.part]
+        return data if self.part is None or data is None else data.parts[self.part]
 
     @property
     def run_folder(self) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..data.multitask import MultiTaskData
 from ..data.report import aligned
 from ..dense import DenseBackbone, backbone_of
+from ..layers import TaskRouter, set_task
 from .base import Task, check_arguments
 from .classification import ClassificationTask
 from .detection import DetectionTask
@@ -42,7 +43,8 @@ class MultiTask(Task):
     heads, and their moments in the optimiser, stay as they are. Each task is the one of its name, a
     :class:`ClassificationTask`, :class:`DetectionTask` or :class:`SegmentationTask` with its head, losses, metrics and
     results. The backbone is the same weights in all of them, in the form that each takes it in: with the windows of its
-    authors for detection, for instance.
+    authors for detection, for instance. One of experts (``modular_vit_tiny``) has routers of each task where
+    ``model_args`` give it the tasks' names, ``{tasks: [classification, detection]}``; a step takes those of its own.
 
     Logs what each task does under its name, ``val/detection/box_map``, and ``train/loss``, the balanced loss;
     ``val/mean`` is the mean of the tasks' main metrics (accuracy or mAP of several labels, box mAP, mean IoU), in which
@@ -143,6 +145,9 @@ class MultiTask(Task):
         first, *others = (backbone_of(task.model) for task in self.tasks().values())
         for name, other in zip(self.task_names[1:], others, strict=True):
             share_weights(first, other, backbone, name)
+        self.routed = any(isinstance(module, TaskRouter) for module in first.modules())
+        for name in self.task_names:
+            self._turn_to(name)
 
     def tasks(self) -> dict[str, Any]:
         """The tasks by name."""
@@ -150,7 +155,7 @@ class MultiTask(Task):
 
     def forward(self, images: Any, task: str) -> Any:
         """What the model of a task gives for its images."""
-        return self.tasks()[task](images)
+        return self._turn_to(task)(images)
 
     def setup(self, stage: str) -> None:
         """Makes the tasks ready.
@@ -218,7 +223,7 @@ class MultiTask(Task):
     def training_step(self, batch: tuple[Any, Any, str]) -> Tensor:
         """Loss of a batch of one task, weighed."""
         images, labels, name = batch
-        loss = self.tasks()[name].training_step((images, labels))
+        loss = self._turn_to(name).training_step((images, labels))
         if self.balance is None:
             loss = self.loss_weights[name] * loss
         else:
@@ -230,7 +235,7 @@ class MultiTask(Task):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Adds a batch to the metrics of its task."""
-        self.tasks()[self.task_names[dataloader_idx]].validation_step(batch)
+        self._turn_to(self.task_names[dataloader_idx]).validation_step(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the tasks' metrics, and the mean of their main ones."""
@@ -248,7 +253,7 @@ class MultiTask(Task):
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Adds a batch to the metrics and findings of its task."""
-        self.tasks()[self.task_names[dataloader_idx]].test_step(batch)
+        self._turn_to(self.task_names[dataloader_idx]).test_step(batch)
 
     def on_test_epoch_end(self) -> None:
         """Makes each task's folder a run of its own; says and writes the metrics of all in one table."""
@@ -282,6 +287,13 @@ class MultiTask(Task):
         for name, task in self.tasks().items():
             task.on_load_checkpoint({"hyper_parameters": checkpoint["hyper_parameters"]["_tasks"][name]})
 
+    def _turn_to(self, name: str) -> Any:
+        """The task of this name, with its routers if the backbone has such."""
+        task = self.tasks()[name]
+        if self.routed:
+            set_task(task.model, name)
+        return task
+
     def _check_normalisation(self) -> None:
         """Raises a ValueError if the data normalise a classifier's images in another way than the dense tasks do."""
         theirs = getattr(self.trainer.datamodule.parts.get("classification"), "normalisation", None)  # type: ignore[attr-defined]
@@ -297,12 +309,18 @@ class MultiTask(Task):
                              f"tasks by {shown[1]}, and the backbone is one: set mean and std of the classification "
                              "data, or model_args {pretrained_cfg_overlay: {mean: [...], std: [...]}}")
 
-    @staticmethod
-    def _run_of(task: Any) -> dict[str, Any]:
+    def _run_of(self, task: Any) -> dict[str, Any]:
         """The hyper-parameters in a task's own checkpoint."""
-        content: dict[str, Any] = {"hyper_parameters": dict(task.hparams)}
+        content: dict[str, Any] = {"hyper_parameters": self._args_of(task)}
         task.on_save_checkpoint(content)
         return content["hyper_parameters"]
+
+    def _args_of(self, task: Any) -> dict[str, Any]:
+        """The arguments that make a task alone."""
+        args = dict(task.hparams)
+        names = (args.get("model_args") or {}).get("tasks") if self.routed else None
+        return args if not isinstance(names, (list, tuple)) else args | {
+            "model_args": args["model_args"] | {"task": task.part}}
 
     def _write_run(self, name: str, task: Any) -> None:
         """Writes a task's checkpoint, which is one of that task alone, and the configuration that tests it."""
@@ -320,7 +338,7 @@ class MultiTask(Task):
         text = config.read_text(encoding="utf-8")
         data = (yaml.safe_load(text)["data"].get("init_args") or {}).get(name)
         from_data = ("num_classes", "class_names", "in_chans", "multi_label")
-        args = {key: value for key, value in task.hparams.items() if key not in from_data}
+        args = {key: value for key, value in self._args_of(task).items() if key not in from_data}
         first = text.partition("\n")[0] if text.startswith("#") else ""
         (folder / "config.yaml").write_text(f"{first}\n" + yaml.safe_dump({
             "seed_everything": 0,

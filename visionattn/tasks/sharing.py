@@ -7,8 +7,8 @@ __all__ = ["share_weights"]
 def share_weights(first: nn.Module, other: nn.Module, name: str, of: str) -> int:
     """Gives ``other`` the weights of ``first`` in all modules that both have.
 
-    What modules compute stays their own, such as the windows of an attention: parameters are shared, and of the
-    innermost modules all, where they are set up alike, so that batch norms have the same statistics too.
+    What modules compute stays their own, such as the windows of an attention: parameters are shared; innermost modules
+    and batch norms, where they are set up alike, as a whole, so that their statistics are the same too.
 
     Args:
         first: Whose weights are taken.
@@ -35,26 +35,28 @@ def share_weights(first: nn.Module, other: nn.Module, name: str, of: str) -> int
                 raise ValueError(f"{name} has no common weights for {of} and the other tasks: {path}.{key} is "
                                  f"{list(weight.shape)} here and {there} there; give model_args that suit all tasks")
             shared[id(ours)] = ours
-        if path and _alike(module, mine):
-            parent, _, child = path.rpartition(".")
-            setattr(other.get_submodule(parent), child, mine)
-            continue
-        module._parameters.update({key: mine._parameters[key] for key, weight in module._parameters.items()
-                                   if weight is not None})
         kept = [key for key, buffer in module.named_buffers(recurse=False)
                 if key not in module._non_persistent_buffers_set and buffer.is_floating_point()]
-        if kept:
+        whole = kept or not any(True for _ in module.children())  # batch norms of timm's have an activation in them
+        if path and whole and _alike(module, mine):
+            parent, _, child = path.rpartition(".")
+            setattr(other.get_submodule(parent), child, mine)
+        elif kept:
             raise ValueError(f"{name} has statistics that {of} and the other tasks cannot share ({path}.{kept[0]}): "
                              "take another backbone")
+        else:
+            module._parameters.update({key: mine._parameters[key] for key, weight in module._parameters.items()
+                                       if weight is not None})
     if not shared:
         raise ValueError(f"the model of {of} has no weights in common with the other tasks'")
     return sum(weight.numel() for weight in shared.values())
 
 
 def _alike(module: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules without others in them are set up alike."""
-    if type(module) is not type(other) or any(True for _ in module.children()):
-        return False
+    """Whether two modules are set up alike, with all that is in them."""
     plain = (bool, int, float, str, tuple, type(None))
-    return all(vars(other).get(key) == value for key, value in vars(module).items()
-               if isinstance(value, plain) and key != "training")
+    parts, others = dict(module.named_children()), dict(other.named_children())
+    return (type(module) is type(other) and parts.keys() == others.keys()
+            and all(vars(other).get(key) == value for key, value in vars(module).items()
+                    if isinstance(value, plain) and key != "training")
+            and all(_alike(part, others[key]) for key, part in parts.items()))
