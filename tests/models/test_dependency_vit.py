@@ -143,3 +143,15 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             timm.create_model("test_dependency_vit", **options)
+
+
+def test_first_weights():
+    """Glorot's rule where tokens are mixed, large positions, and gates and selectors that begin nearly alike."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_dependency_vit")
+    block = model.blocks[0]
+    for weight in (block.attn.qkv.weight, block.attn.proj.weight, block.ffn.mlp.fc2.weight):
+        assert 0.98 < weight.abs().max() / (6 / sum(weight.shape)) ** 0.5 <= 1
+    assert 0.4 < model.pos_embed.table.std() < 0.6
+    assert block.attn.selector.weight.std() < 0.03
+    assert block.controller.out.weight.std() < 0.03
