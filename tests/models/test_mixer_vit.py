@@ -51,6 +51,17 @@ def test_all_that_a_mixer_has_learns(mixer):
         assert parameter.grad.any(), key
 
 
+def test_first_weights():
+    """Of the blocks' linear layers and of experts by their fans, of the classifier small."""
+    torch.manual_seed(0)
+    model = make("uoe", depth=1, mlp="plain")
+    weight = model.blocks[0].mlp.fc1.weight
+    assert 0.98 < weight.abs().max() / (6 / sum(weight.shape)) ** 0.5 <= 1
+    experts = model.blocks[0].attn.qkv
+    torch.testing.assert_close(experts.std().item(), (2 / (48 + 36)) ** 0.5, rtol=0.05, atol=0)
+    assert model.head.fc.weight.std() < 0.03
+
+
 def test_merged_tokens():
     """Maps of several strides, by default those of each stride, of odd sizes too; every block learns."""
     options = dict(img_size=64, mixer="maelre", mixer_args={"switch": 20}, depth=3, merge_after=(1, 2))

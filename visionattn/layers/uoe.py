@@ -6,7 +6,7 @@ formulas. What is this project's own, say :class:`UnionOfExpertsAttention` and :
 import math
 
 import torch
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -365,11 +365,12 @@ def _summed(
 
 
 def _draw(layer: nn.Module) -> None:
+    """Biases are 0, the router and each expert's weights from Glorot's normal distribution, as the authors' router."""
     for name, parameter in layer.named_parameters():
         if name.endswith("_bias"):
             nn.init.zeros_(parameter)
         else:
-            trunc_normal_(parameter, std=.02)
+            nn.init.normal_(parameter, std=math.sqrt(2 / sum(parameter.shape[-2:])))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, index: Tensor | None, keys: Tensor, tokens: int) -> Tensor:

@@ -143,6 +143,16 @@ class MixerViT(Backbone):
         self.finish(embed_dim, num_classes, global_pool, drop_rate, norm_layer=partial(nn.LayerNorm, eps=1e-6), **dd)
 
     @torch.jit.ignore
+    def init_module(self, module: nn.Module, needs_reset: bool) -> None:
+        """Draws the parameters of one module; of the blocks' linear layers by Glorot's uniform rule, as ViT's authors.
+
+        From weights as small as other families' a narrow model learns slowly.
+        """
+        super().init_module(module, needs_reset)
+        if isinstance(module, nn.Linear) and module is not self.get_classifier():
+            nn.init.xavier_uniform_(module.weight)
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the positions and of the bias tables."""
         return super().no_weight_decay() | {"pos_embed.table"}
