@@ -27,10 +27,15 @@ def hook_branch(adapter: Any, block: Block, layer: str, function: Function) -> l
 
     The tokens ``x`` are what the first of the branch's norm and layer is given; the branch ends with the first
     stochastic depth after the layer.
+
+    Raises:
+        ValueError: The block has no such branch.
     """
     parts = dict(block.module.named_children())
     norm = {"attn": "norm1", "mlp": "norm2"}[layer]
     names = list(parts)
+    if not {norm, layer} <= parts.keys():
+        raise ValueError(f"no adapter can go beside {layer} of {block.name}: the block has not both {norm} and {layer}")
     first = norm if names.index(norm) < names.index(layer) else layer  # Swin v2 has its norms behind
     branch = _Branch(adapter, f"{block.name}.{layer}", function)
     return [
