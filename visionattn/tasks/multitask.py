@@ -43,8 +43,9 @@ class MultiTask(Task):
     heads, and their moments in the optimiser, stay as they are. Each task is the one of its name, a
     :class:`ClassificationTask`, :class:`DetectionTask` or :class:`SegmentationTask` with its head, losses, metrics and
     results. The backbone is the same weights in all of them, in the form that each takes it in: with the windows of its
-    authors for detection, for instance. One of experts (``modular_vit_tiny``) has routers of each task where
-    ``model_args`` give it the tasks' names, ``{tasks: [classification, detection]}``; a step takes those of its own.
+    authors for detection, for instance, and with statistics of batch norms of its own images. One of experts
+    (``modular_vit_tiny``) has routers of each task where ``model_args`` give it the tasks' names, ``{tasks:
+    [classification, detection]}``; a step takes those of its own.
 
     Logs what each task does under its name, ``val/detection/box_map``, and ``train/loss``, the balanced loss;
     ``val/mean`` is the mean of the tasks' main metrics (accuracy or mAP of several labels, box mAP, mean IoU), in which
