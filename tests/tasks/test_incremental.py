@@ -261,10 +261,12 @@ def test_a_run_has_table_curve_baselines_and_can_be_tested_and_predicted_with(tm
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         write_classes(tmp_path / "pets" / split, ("ant", "cat", "dog", "emu"), 3)
-    assert main(["fit", "--config", "incremental", "--data", "ImageFolderData", "--data.root", "pets",
-                 "--data.num_workers", "0", "--data.batch_size", "4", "--model.steps", "2", "--model.model_args",
-                 "{img_size: 32, patch_size: 16, depth: 1, embed_dim: 16}", "--model.baselines", "true",
-                 "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]) == 0
+    options = {
+        "data": "ImageFolderData", "data.root": "pets", "data.num_workers": "0", "data.batch_size": "4",
+        "model.backbone": "test_vit", "model.model_args": "{img_size: 32, patch_size: 16, depth: 1, embed_dim: 16}",
+        "model.steps": "2", "model.baselines": "true", "trainer.max_epochs": "1", "trainer.accelerator": "cpu"}
+    argv = [part for key, value in options.items() for part in (f"--{key}", value)]
+    assert main(["fit", "--config", "incremental", *argv]) == 0
     run = tmp_path / "runs" / "incremental"
     with (run / "incremental.csv").open() as file:
         rows = list(csv.DictReader(file))
