@@ -330,5 +330,7 @@ def test_a_checkpoint_is_rebuilt_whole(trainer, tmp_path):
     for model in (rebuilt, create_model(None, tmp_path / "run.ckpt").eval(),
                   IncrementalTask.load_from_checkpoint(tmp_path / "run.ckpt").eval()):
         torch.testing.assert_close(model(images), expected)
+    with pytest.raises(ValueError, match=r"of a run with the steps .*, and here they are 5"):
+        trainer().test(_task(steps=5), FewDigits(), ckpt_path=str(tmp_path / "run.ckpt"))
     with pytest.raises(ValueError, match="is of a class-incremental run, whose weights are in adapters"):
         _task(checkpoint_path=str(tmp_path / "run.ckpt"))

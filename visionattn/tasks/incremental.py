@@ -122,7 +122,12 @@ class IncrementalTask(ClassificationTask):
         self._number, self._epochs = 0, 1  # of the round, and epochs of a round
 
     def setup(self, stage: str) -> None:
-        """Before a fit: looks at the classes of the data, and has each epoch show those whose turn it is."""
+        """Before a fit: looks at the classes of the data, and has each epoch show those whose turn it is.
+
+        Raises:
+            ValueError: The data have several labels an image or too few images, there are several devices, or
+                ``max_epochs`` is not set.
+        """
         super().setup(stage)
         if stage != "fit":
             return
@@ -161,10 +166,15 @@ class IncrementalTask(ClassificationTask):
         """Takes them from there.
 
         Raises:
-            ValueError: The training was begun with other numbers of epochs.
+            ValueError: It is the checkpoint of another kind of run, or of other steps, or goes on with other numbers of
+                epochs.
         """
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["hyper_parameters"]
+        if saved.get("steps") != self.args.steps:
+            raise ValueError(f"the checkpoint is of a run with the steps {saved.get('steps')}, and here they are "
+                             f"{self.args.steps}" if "steps" in saved else
+                             "the checkpoint is not of a class-incremental run: give it as model.checkpoint_path")
         self._number, self.accuracies = saved["_round"], saved["_accuracies"]
         fitting = self.gaussians is not None
         if fitting and saved["_round_epochs"] != self._epochs:
