@@ -9,15 +9,17 @@ from torch import Tensor
 
 from ..checks import check_alike, check_sizes, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
-from . import gathered, naive
+from . import gathered, masked, naive
 from .cases import CASES, SparsifiedProblem
 
 __all__ = ["SparsifiedProblem", "sparsified_attention"]
 
 
-_op = Op(
-    "sparsified_attention", [Backend("gathered", any_problem, gathered.run), Backend("naive", any_problem, naive.run)],
-    CASES)
+_op = Op("sparsified_attention", [
+    Backend("masked", any_problem, masked.run, automatic=masked.pays),
+    Backend("gathered", any_problem, gathered.run),
+    Backend("naive", any_problem, naive.run),
+], CASES)
 
 
 def sparsified_attention(
@@ -37,8 +39,8 @@ def sparsified_attention(
         index: int64 numbers of keys ``[batch, heads, groups, chosen]``, without repeats in a list. The queries are cut
             into groups of equal size, in their order, that share a list; as many groups as queries give each its own.
         scale: Factor on ``q . k``; None means ``head_dim ** -0.5``.
-        backend: ``"gathered"`` (some lists at a time) or ``"naive"`` (all at once); None chooses (see
-            :mod:`visionattn.ops.dispatch`).
+        backend: ``"gathered"`` (copies of some lists' keys at a time), ``"masked"`` (all keys, under a mask) or
+            ``"naive"`` (all copies at once); None chooses (see :mod:`visionattn.ops.dispatch`).
 
     Returns:
         ``[batch, queries, heads, value_dim]`` in the dtype of q, or autocast's where that is on (computed in float32 or

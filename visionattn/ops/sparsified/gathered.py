@@ -24,10 +24,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
     first = torch.arange(batch, device=q.device)[:, None] * tokens  # the number of a sample's first token
     rows = (index + first[..., None, None]) * heads + torch.arange(heads, device=q.device)[:, None, None]
     rows = rows.flatten(0, 1)
+    width = k.shape[3]
+    k, v = (x.flatten(0, 2) for x in (k, v))  # once, as it copies what is no block of memory
     if standard_only(q, k, v) or torch.compiler.is_compiling():
         out = _attend(queries, k, v, rows, scale)
     else:
-        count = max(_ENTRIES // (batch * heads * index.shape[3] * k.shape[3]), 1)
+        count = max(_ENTRIES // (batch * heads * index.shape[3] * width), 1)
         out = torch.cat([
             _attend(some, k, v, of_some, scale)
             for some, of_some in zip(queries.split(count, dim=1), rows.split(count, dim=1), strict=True)], dim=1)
@@ -36,5 +38,5 @@ def run(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
 
 def _attend(queries: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float) -> Tensor:
     """``[batch * heads, groups, queries of a group, dim]``, by the numbers of the keys among those of all heads."""
-    keys, values = (x.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (k, v))
+    keys, values = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (k, v))
     return sdpa(queries, keys, values, scale=scale)
