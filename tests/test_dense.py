@@ -8,6 +8,7 @@ from tests import golden
 from tests.models.test_families import NAMES, SMALL
 from visionattn.dense import DenseBackbone
 from visionattn.heads import FeaturePyramid
+from visionattn.layers import auxiliary_losses
 from visionattn.models import family_of
 
 GOLDEN = {  # numbers of the authors' dense backbones
@@ -90,7 +91,7 @@ def test_trains_at_any_size(name):
         assert x.shape[:2] == (2, channels)
         assert abs(x.shape[2] - 75 / reduction) < 1
         assert abs(x.shape[3] - 109 / reduction) < 1
-    sum(x.square().sum() for x in maps).backward()
+    (sum(x.square().sum() for x in maps) + sum(auxiliary_losses(backbone).values())).backward()
     for key, parameter in backbone.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key

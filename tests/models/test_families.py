@@ -4,6 +4,7 @@ Covers every registered model on the meta device, and those that a family names 
 """
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from torch import nn
 
 import visionattn
 from tests.models import SAFETENSORS
+from visionattn.layers import auxiliary_losses
 from visionattn.models import families, family_of
 
 SMALL = {name: dict(args) for family in families().values() for name, args in family.small.items()}
@@ -50,6 +52,12 @@ def as_nchw(model: nn.Module, x: torch.Tensor, size: tuple[int, int]) -> torch.T
     if x.ndim == 3:
         return x[:, -size[0] * size[1]:].mT.unflatten(2, size)
     return x if getattr(model, "output_fmt", "NCHW") == "NCHW" else x.permute(0, 3, 1, 2)
+
+
+def taught_by_its_result(name: str, model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters but those that learn by auxiliary losses alone."""
+    pattern = family_of(name).auxiliary_parameters
+    return {key: x for key, x in model.named_parameters() if not pattern or not re.search(pattern, key)}
 
 
 def weight(layer: str | tuple[str, ...]) -> list[str]:
@@ -137,7 +145,7 @@ def test_every_parameter_gets_a_gradient(name):
     model = make(name, num_classes=42).train()
     logits = model(images(2))
     assert logits.shape == (2, 42)
-    logits.square().sum().backward()
+    (logits.square().sum() + sum(auxiliary_losses(model).values())).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
@@ -224,7 +232,7 @@ def test_pruned_features(name):
     for a, b in zip(maps, expected, strict=True):
         assert torch.equal(a, b)
     sum(m.square().sum() for m in maps).backward()
-    for key, parameter in pruned.named_parameters():
+    for key, parameter in taught_by_its_result(name, pruned).items():
         assert parameter.grad is not None, key
     kept = copy.deepcopy(model)
     assert kept.prune_intermediate_layers([0, 1], prune_norm=True, prune_head=True) == [0, 1]
@@ -329,7 +337,7 @@ def test_compiles_without_graph_breaks(name):
     out = compiled(images(2))
     torch.testing.assert_close(out, model(images(2)), rtol=1e-4, atol=1e-5)
     out.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in compiled.parameters())
+    assert all(parameter.grad is not None for parameter in taught_by_its_result(name, compiled).values())
 
 
 @pytest.mark.parametrize("name", [

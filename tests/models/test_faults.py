@@ -189,7 +189,8 @@ def test_gradients_per_sample(name):
         model.zero_grad()
         model(image[None]).sin().sum().backward()
         assert_same({key: value[i] for key, value in actual.items()},
-                    {key: parameter.grad for key, parameter in model.named_parameters()})
+                    {key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                     for key, parameter in model.named_parameters()})
 
 
 # What others hold

@@ -25,7 +25,7 @@ OTHERS = {
     "test_vitaev2_vsa": ((100, 75), {}), "test_transnext": ((100, 75), {}),
     "test_moh_transnext": ((75, 100), {}), "test_mobilenetv2_ulsam": ((75, 100), {}), "test_flowformer": ((100, 75), {}),
     "test_dependency_vit_lite": ((60, 90), {}), "test_maformer": ((100, 75), {"downsample": "linear"}),
-    "test_favit": ((100, 75), {}),
+    "test_favit": ((100, 75), {}), "test_sparsifiner": ((60, 90), {"queries_per_list": 12}),
 }
 
 

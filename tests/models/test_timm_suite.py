@@ -17,6 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import visionattn
 from tests.models import test_families
+from visionattn.layers import auxiliary_losses
 
 NAMES = [name for family in visionattn.models.__all__ for name in timm.list_models(module=family)]
 TAGGED = [tagged for name in NAMES for tagged in timm.list_pretrained(f"{name}.*") or [name]]
@@ -75,7 +76,7 @@ def test_model_backward(name):
     out = model(torch.randn(2, *size_of(model, 128)))
     if isinstance(out, tuple):
         out = torch.cat(out)
-    out.mean().backward()
+    (out.mean() + sum(auxiliary_losses(model).values())).backward()
     assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
     assert sum(parameter.grad.numel() for parameter in model.parameters()) == count
     assert out.shape[-1] == 42
@@ -186,7 +187,7 @@ def test_model_backward_fx(name):
     x = torch.randn(2, *size_of(model, 128))
     graph = as_graph(model)
     out, = graph(x).values()
-    out.mean().backward()
+    (out.mean() + sum(auxiliary_losses(graph).values())).backward()
     assert [key for key, parameter in graph.named_parameters() if parameter.grad is None] == []
     assert sum(parameter.grad.numel() for parameter in graph.parameters()) == count
     assert out.shape[-1] == 42

@@ -20,6 +20,7 @@ from .maelre import LongRangeAttention, TokenMerging
 from .mixture_of_heads import HeadGates
 from .neighborhood import NeighborhoodAttention2d
 from .reversed import MessageController, ReversedAttention
+from .sparsified import SparsifiedAttention
 from .token_pooling import TokenAwarePooling
 from .uoe import UnionOfExpertsAttention, UnionOfPerceptrons
 from .varied_window import VariedSizeWindowAttention, vary_windows
@@ -50,6 +51,7 @@ __all__ = [
     "MessageController",
     "NeighborhoodAttention2d",
     "ReversedAttention",
+    "SparsifiedAttention",
     "SubspaceAttention",
     "TaskRouter",
     "TokenAwarePooling",

@@ -12,8 +12,8 @@ from ..layers.checkpointing import checkpointed
 from ..layers.full import unseen
 
 __all__ = [
-    "BaseBlock", "Block", "ConvBlock", "ConvEmbedding", "MixFeedForward", "NormHead", "Perceptron", "PooledBlock",
-    "Stage", "TokenBlock",
+    "BaseBlock", "Block", "ConvBlock", "ConvEmbedding", "MixFeedForward", "NormHead", "Perceptron", "PlacedBlock",
+    "PooledBlock", "Stage", "TokenBlock",
 ]
 
 
@@ -215,6 +215,14 @@ class TokenBlock(Block):
     def attend(self, x: Tensor, height: int, width: int) -> Tensor:
         """Attention of normed tokens; to be overridden where it depends on their places."""
         return self.attn(x)
+
+
+class PlacedBlock(TokenBlock):
+    """:class:`TokenBlock` whose attention must know the tokens' places."""
+
+    def attend(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Attention of normed tokens of a map of this size."""
+        return self.attn(x, (height, width))
 
 
 class Stage(nn.Module):

@@ -71,6 +71,8 @@ class Family:
         checkpoint_filter_fn: Renames the entries of the authors' checkpoints to ours and leaves ours as they are.
         reductions: Strides of the maps on the image, in pixels; a single one for models of one resolution. A function
             of the registered name where the models differ; :meth:`strides` gives those of a model.
+        auxiliary_parameters: A pattern of the names of parameters that learn by auxiliary losses of training alone, as
+            what the model returns has no gradient for them; "" for none.
     """
 
     small: Mapping[str, Mapping[str, Any]]
@@ -80,6 +82,7 @@ class Family:
     dense_norm: DenseNorm | None = None
     checkpoint_filter_fn: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = same_names
     reductions: Sequence[int] | Callable[[str], Sequence[int]] = (4, 8, 16, 32)
+    auxiliary_parameters: str = ""
 
     def strides(self, name: str) -> list[int]:
         """Strides of the maps of the model ``name``; a single one if it has one resolution."""

@@ -15,7 +15,7 @@ from ..layers import AgentAttention
 from ..layers.full import attend
 from ._agent import agent_cfg, our_tables, set_input_size
 from ._backbone import TokenBackbone
-from ._blocks import TokenBlock
+from ._blocks import PlacedBlock, TokenBlock
 from ._builder import build_model
 from ._family import Family, Peer, Published
 from ._tables import Grid, PositionEmbedding
@@ -31,14 +31,6 @@ class FullAttention(Attention):
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj_drop(self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, C)))
-
-
-class AgentBlock(TokenBlock):
-    """A block whose attention must know the tokens' places."""
-
-    def attend(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Agent attention of normed tokens."""
-        return self.attn(x, (height, width))
 
 
 class AgentDeiT(TokenBackbone):
@@ -107,7 +99,7 @@ class AgentDeiT(TokenBackbone):
             if i >= agent_depth:
                 attn = FullAttention(embed_dim, num_heads, qkv_bias=True, proj_drop=proj_drop_rate, **dd)
                 return TokenBlock(embed_dim, attn, mlp_ratio, **options)
-            return AgentBlock(embed_dim, AgentAttention(
+            return PlacedBlock(embed_dim, AgentAttention(
                 embed_dim, num_heads, size, (agents, agents), agent_grid, num_prefix_tokens=1,
                 proj_drop=proj_drop_rate, **dd), mlp_ratio, **options)
 
