@@ -28,6 +28,7 @@ from tests.test_dense import DILATIONS
 from visionattn.data import DigitScenesData
 from visionattn.data.loading import collate_detection
 from visionattn.dense import DenseBackbone
+from visionattn.layers import auxiliary_losses
 from visionattn.tasks import DetectionTask
 
 DETECTORS = ["fcos", "retinanet", "faster_rcnn", "mask_rcnn"]
@@ -347,7 +348,8 @@ def test_torchvision_takes_features_only_models(name):
         backbone.body.feature_info.reduction()))
     model = FCOS(backbone, 4, min_size=64, max_size=96, anchor_generator=anchors)
     image, target = sample()
-    sum(model([image], [{key: target[key] for key in ("boxes", "labels")}]).values()).backward()
+    losses = model([image], [{key: target[key] for key in ("boxes", "labels")}])
+    sum([*losses.values(), *auxiliary_losses(model).values()]).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     with torch.no_grad():
         assert set(model.eval()([image])[0]) == {"boxes", "scores", "labels"}
