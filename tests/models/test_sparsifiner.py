@@ -230,7 +230,7 @@ def test_sums_over_even_maps_do_not_depend_on_their_size():
 
 def test_bad_arguments():
     for options, message in (
-            (dict(budget=0.), "budget must be more than 0 and at most 1, a share of the keys, got 0"),
+            (dict(budget=0.), "budget must be at least 0.0001 and at most 1, a share of the keys, got 0"),
             (dict(budget=50), "got 50"),
             (dict(queries_per_list=0), "queries_per_list and rank must be at least 1, got 0 and 10"),
             (dict(num_heads=5), r"num_heads \(5\) must divide dim \(48\)"),

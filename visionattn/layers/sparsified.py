@@ -134,8 +134,8 @@ class SparsifiedAttention(AuxiliaryLosses, nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads ({num_heads}) must divide dim ({dim})")
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget must be more than 0 and at most 1, a share of the keys, got {budget}")
+        if not 1e-4 <= budget <= 1:
+            raise ValueError(f"budget must be at least 0.0001 and at most 1, a share of the keys, got {budget}")
         if queries_per_list < 1 or rank < 1:
             raise ValueError(f"queries_per_list and rank must be at least 1, got {queries_per_list} and {rank}")
         dd = {"device": device, "dtype": dtype}
