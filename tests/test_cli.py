@@ -236,6 +236,7 @@ def test_fit_without_a_test(option, digits, tmp_path):
     assert not (tmp_path / "run" / "test_metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_test_together(digits, tmp_path):
     argv = ["fit", "--config", str(digits[0]), "--trainer.default_root_dir", str(tmp_path / "run"),
             "--trainer.max_epochs", "1", "--trainer.devices", "2", "--trainer.strategy", "ddp"]

@@ -33,6 +33,7 @@ def run(before, after, tmp_path, *options):
         return code, {(row["name"], row["direction"]): row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_what_agrees_is_timed_and_what_differs_is_said(changed, tmp_path, capsys):
     code, rows = run(ROOT, changed, tmp_path, "--only", "agent_attention/small", "routed_attention/small",
                      "--processor-time")

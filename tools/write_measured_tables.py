@@ -1,7 +1,8 @@
-"""Writes the figures of ``visionattn bench ops`` or ``bench export`` as Markdown tables into a page, between two marks.
+"""Writes what ``visionattn bench ops``, ``export``, ``kernels`` found as Markdown tables into a page, between marks.
 
     python tools/write_measured_tables.py results/ops_cpu.csv docs/kernels.md
     python tools/write_measured_tables.py results/export_speed_cpu.csv docs/export.md
+    python tools/write_measured_tables.py results/kernels.csv docs/kernels.md
 """
 import csv
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 __all__ = ["write_measured_tables"]
 
-START, END = "<!-- measured tables -->", "<!-- end of measured tables -->"
+MARKS = "<!-- measured tables -->", "<!-- end of measured tables -->"
+KERNELS = "<!-- compiled kernels -->", "<!-- end of compiled kernels -->"
 
 
 def write_measured_tables(source: Path, page: Path) -> None:
@@ -18,19 +20,21 @@ def write_measured_tables(source: Path, page: Path) -> None:
     Raises:
         ValueError: The page lacks the marks.
     """
-    text = page.read_text()
-    before, found, rest = text.partition(START)
-    _, found_end, after = rest.partition(END)
-    if not found or not found_end:
-        raise ValueError(f"{page} needs the lines {START} and {END}")
     with source.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    page.write_text(f"{before}{START}\n\n{_tables(rows)}\n\n{END}{after}")
+    start, end = KERNELS if "registers" in rows[0] else MARKS
+    before, found, rest = page.read_text().partition(start)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"{page} needs the lines {start} and {end}")
+    page.write_text(f"{before}{start}\n\n{_tables(rows)}\n\n{end}{after}")
 
 
 def _tables(rows: list[dict[str, str]]) -> str:
     if "form" in rows[0]:
         return _exported(rows)
+    if "registers" in rows[0]:
+        return _compiled(rows)
     blocks = []
     for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
         chosen = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
@@ -51,6 +55,18 @@ def _exported(rows: list[dict[str, str]]) -> str:
     libraries = ", ".join(f"{name} {row[name]}" for name in ("torch", "timm", "onnxruntime", "openvino"))
     return (f"{row['machine']}, {row['threads']} threads, {libraries}, {row['date']}. Milliseconds of one image; "
             "images a second in batches of 8 (both times as multiples of eager's); peak MiB; MiB on disk:\n\n"
+            + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _compiled(rows: list[dict[str, str]]) -> str:
+    columns = list(dict.fromkeys((row["target"], row["dtype"]) for row in rows))
+    lines = [["op, case", "kernel", *(f"{target} {dtype}" for target, dtype in columns)], ["---"] * (2 + len(columns))]
+    for op, case, kernel in dict.fromkeys((row["op"], row["case"], row["kernel"]) for row in rows):
+        cells = {(row["target"], row["dtype"]): "{registers}, {spilled_bytes}, {blocks_per_sm}".format(**row)
+                 for row in rows if (row["op"], row["case"], row["kernel"]) == (op, case, kernel)}
+        lines.append([f"{op.removesuffix('_attention')} {case}", kernel.removesuffix("_kernel").replace("_", " "),
+                      *(cells.get(column, "-") for column in columns)])
+    return (f"Triton {rows[0]['triton']}. Registers and spilled bytes of a thread, blocks that an SM holds:\n\n"
             + "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 

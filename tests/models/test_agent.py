@@ -230,6 +230,7 @@ def test_dense_args_of_every_family():
             timm.create_model(f"{name}_t", device="meta", **family.dense_args(f"{name}_t", task))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

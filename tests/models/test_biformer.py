@@ -104,6 +104,7 @@ def test_more_regions_than_the_map_has_tokens(size):
         assert model(torch.randn(1, 3, *size)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_exports_with_dynamic_batch_height_and_width(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = timm.create_model("test_biformer", num_classes=10).eval()

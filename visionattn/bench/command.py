@@ -17,6 +17,7 @@ from ..ops import cases, dispatch
 from ..simulate import simulate
 from .backends import backend_table
 from .exported import BATCHES, EXPORT_FORMS, benchmark_export, default_models, describe_export
+from .kernels import TARGETS, compile_kernels
 from .machine import measure_machine, version
 from .plots import plot_export, plot_scaling
 from .timing import DIRECTIONS, benchmark
@@ -26,8 +27,8 @@ __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...``, ``bench export ...``, ``bench train ...``
-    or ``bench data ...``."""
+    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...``, ``bench kernels ...``, ``bench export ...``,
+    ``bench train ...`` or ``bench data ...``."""
     if argv[:2] == ["bench", "data"]:
         return _time_data(argv[2:])
     parser = argparse.ArgumentParser(prog="visionattn")
@@ -63,6 +64,17 @@ def main(argv: list[str]) -> int:
     ops.add_argument("--out", type=Path, help="CSV file (default: results/ops_DEVICE.csv)")
     ops.add_argument("--plot", action="store_true", help="draw time and memory of the scaling cases beside the CSV")
 
+    kernels = bench.add_parser("kernels", description=_summary(compile_kernels),
+                               help="compile the Triton kernels for GPUs that need not be there",
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    kernels.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)")
+    kernels.add_argument("--ops", nargs="+", choices=_compiled_ops(), default=_compiled_ops())
+    kernels.add_argument("--cases", nargs="+", metavar="CASE", choices=[*names, *single], default=["kernels"],
+                         help="as those of bench ops (default: the group kernels)")
+    dtypes = ["float16", "bfloat16", "float32"]
+    kernels.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="(default: all)")
+    kernels.add_argument("--out", type=Path, default=Path("results/kernels.csv"), help="CSV (default: %(default)s)")
+
     exported = bench.add_parser("export", description=_summary(benchmark_export), help="time exported models",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     exported.add_argument("--models", nargs="+", metavar="NAME", help=(
@@ -97,6 +109,8 @@ def main(argv: list[str]) -> int:
         print(backend_table())
     elif args.subject == "simulate":
         _print_simulation(args)
+    elif args.subject == "kernels":
+        _print_kernels(args, kernels)
     elif args.subject == "export":
         _print_exported(args, exported)
     elif args.subject == "train":
@@ -121,6 +135,12 @@ _DEFAULT_GROUPS = ["families", "scaling", "strided"]
 def _ops() -> dict[str, str]:
     """The ops by what ``--ops`` calls them: their public functions without ``_attention``."""
     return {name.removesuffix("_attention"): name for name in dispatch.operations() if hasattr(operations, name)}
+
+
+def _compiled_ops() -> list[str]:
+    """The ops that have Triton kernels, as ``--ops`` calls them."""
+    return [short for short, name in _ops().items() if any(
+        backend == "triton" for backend, _, _ in dispatch.explain(name, next(iter(cases(name).values())).problem))]
 
 
 def _groups() -> list[str]:
@@ -189,6 +209,25 @@ def _print_benchmark(args: argparse.Namespace, parser: argparse.ArgumentParser) 
             file.flush()
     if args.plot:
         print(plot_scaling(rows, out.with_name(f"{out.stem}_scaling.png")))
+
+
+def _print_kernels(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    chosen = list(_chosen_cases(args.ops, args.cases))
+    if not chosen:
+        parser.error("no case of the chosen ops has that name")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    print("a thread's registers and spilled bytes, a block's shared bytes, blocks that an SM holds")
+    with args.out.open("w", newline="") as file:
+        writer = None
+        for target, (op, case), dtype in itertools.product(args.target, chosen, args.dtype):
+            for row in compile_kernels(_ops()[op], case, getattr(torch, dtype), target):
+                writer = writer or csv.DictWriter(file, fieldnames=list(row))
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(row)
+                print("{target:8}{op:25}{case:22}{dtype:10}{kernel:22}{registers:>5}{spilled_bytes:>8}{shared_bytes:>8}"
+                      "{blocks_per_sm:>4}".format(**row), flush=True)
+            file.flush()
 
 
 def _print_training(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -25,17 +25,25 @@ def layout(x: Tensor) -> tuple[int, int, int]:
 
 
 def constants(q: Tensor, v: Tensor) -> dict[str, object]:
-    """Compile-time constants that follow from the channels: widths, padded widths, keys per step, precision."""
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """Compile-time constants that follow from the channels: widths, padded widths, keys per step, precision.
+
+    Products of float32 are three of TF32, near float32's exactness, unless PyTorch is told what to do: "ieee" ones
+    are not done by tensor cores, and their operands do not fit into registers.
+    """
+    told = torch.backends.cuda.matmul.fp32_precision
+    precision = "ieee" if q.dtype != torch.float32 else told if told in ("ieee", "tf32") else "tf32x3"
     return dict(
         DQ=q.shape[-1], DV=v.shape[-1], BD=max(16, triton.next_power_of_2(q.shape[-1])),
-        BV=max(16, triton.next_power_of_2(v.shape[-1])), BN=block_size(q, v), PRECISION="tf32" if tf32 else "ieee",
+        BV=max(16, triton.next_power_of_2(v.shape[-1])), BN=block_size(q, v), PRECISION=precision,
         num_warps=4, num_stages=2)
 
 
 def block_size(q: Tensor, v: Tensor) -> int:
-    """Keys (or queries) per step of a kernel's walk."""
-    return 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 32
+    """Keys (or queries) per step of a kernel's walk: as many as registers hold."""
+    wide = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32:
+        return 32 if wide <= 32 else 16
+    return 64 if wide <= 64 else 32
 
 
 @triton.jit

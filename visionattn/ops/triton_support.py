@@ -9,6 +9,7 @@ __all__ = ["automatic", "supports", "token_strided"]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace the search
 _MAX_DIM = 256
+compiling = False  # whether launches only compile, which takes no device
 
 
 def supports(problem) -> tuple[bool, str]:
@@ -16,7 +17,7 @@ def supports(problem) -> tuple[bool, str]:
     if not _INSTALLED:
         return False, "triton is not installed"
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    if problem.device != "cuda" and not (interpreting and problem.device == "cpu"):
+    if problem.device != "cuda" and not ((interpreting or compiling) and problem.device == "cpu"):
         return False, f"triton compiles for cuda devices, not for {problem.device} (TRITON_INTERPRET=1 emulates it)"
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False, f"the triton kernels take float32, float16 and bfloat16, not {problem.dtype}"

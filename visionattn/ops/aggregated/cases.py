@@ -71,7 +71,7 @@ def _case(
 _SMALL = ("small",)
 CASES = {
     "56x56": _case((1, 56, 56, 2, 24), groups=("families", "usual")),
-    "28x28": _case((1, 28, 28, 4, 24)),
+    "28x28": _case((1, 28, 28, 4, 24), groups=("families", "kernels")),
     "14x14": _case((1, 14, 14, 8, 24), groups=("families", "usual")),
     "b8_56x56": _case((8, 56, 56, 2, 24)),
     "b8_14x14": _case((8, 14, 14, 8, 24)),

@@ -83,6 +83,7 @@ def _common(
     rows = min(64, max(16, triton.next_power_of_2(tokens)))
     blocks = triton.cdiv(tokens, rows)
     common = constants(q, v) | dict(
+        BN=16 if q.dtype == torch.float32 else 32,  # beside the window's rows, registers hold no more
         q_layout=layout(q), k_layout=layout(k), v_layout=layout(v), pooled_k_layout=layout(pooled_k),
         pooled_v_layout=layout(pooled_v), heads=q.shape[-2], height=q.shape[1], width=q.shape[2],
         pooled=pooled_k.shape[1], blocks=blocks, K=kernel_size, HAS_LOCAL_BIAS=local_bias is not None,

@@ -41,7 +41,8 @@ def forward(
         stride: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *spatial, heads, value_dim]`` and log-sum-exp ``[batch, *spatial, heads]`` (float32)."""
-    plan = _plan(tuple(q.shape[1:-2]), tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal))
+    plan = _plan(
+        tuple(q.shape[1:-2]), tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal), _tile_size(q, v))
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     _forward_kernel[(q.shape[0] * plan.cells * q.shape[-2],)](
@@ -55,7 +56,8 @@ def backward(
         needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and (empty unless ``needs_bias``) bias."""
-    plan = _plan(tuple(q.shape[1:-2]), tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal))
+    plan = _plan(
+        tuple(q.shape[1:-2]), tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal), _tile_size(q, v))
     batch, heads = q.shape[0], q.shape[-2]
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
@@ -72,14 +74,14 @@ def backward(
         return grad_q, grad_k, grad_v, q.new_empty(0)
     # Offsets of keys from the tile's corner, minus the largest kernel reach: the same box for every tile.
     box = [tile + 2 * (kernel - 1) for tile, kernel in zip(plan.tile, plan.kernel_size, strict=True)]
-    block = block_size(q, v)
+    block = min(32, block_size(q, v)) if max(q.shape[-1], v.shape[-1]) > 32 else block_size(q, v)
     blocks = triton.cdiv(math.prod(box), block)
     units = batch * plan.cells
     splits = min(units, max(1, _BIAS_PROGRAMS // (heads * blocks)))
     partial = q.new_empty(heads, splits, math.prod(plan.tile), blocks * block, dtype=torch.float32)
     _grad_bias_kernel[(heads * blocks * splits,)](
         q, k, v, bias, lse, grad, delta, partial, units, splits, blocks, scale, *layout,
-        W=tuple(box), **common)
+        W=tuple(box), **common | dict(BN=block))
     grad_bias = _fold_bias(partial.sum(dim=1), plan.tile, plan.kernel_size, box)
     return grad_q, grad_k, grad_v, grad_bias.reshape(bias.shape).to(bias.dtype)
 
@@ -96,6 +98,11 @@ def pairs(q_shape: Sequence[int], *options: Sequence) -> int:
 # --- Launch parameters ------------------------------------------------------------------------------------------------
 
 _BIAS_PROGRAMS = 1024  # programs that share the gradient of the bias, a few waves of a large GPU
+
+
+def _tile_size(q: Tensor, v: Tensor) -> int:
+    """Queries (or keys) of a tile: as many as registers hold."""
+    return 32 if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 32 else 64
 
 
 class _Plan(NamedTuple):
@@ -125,13 +132,13 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _plan(
         spatial: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...],
-        is_causal: tuple[bool, ...],
+        is_causal: tuple[bool, ...], queries: int,
 ) -> _Plan:
     missing = 3 - len(spatial)
     length, kernel_size, dilation, stride = (
         (1,) * missing + values for values in (spatial, kernel_size, dilation, stride))
     is_causal = (False,) * missing + is_causal
-    tile = {1: (1, 1, 64), 2: (1, 8, 8), 3: (4, 4, 4)}[len(spatial)]
+    tile = {1: (1, 1, queries), 2: (1, queries // 8, 8), 3: (queries // 16, 4, 4)}[len(spatial)]
     members = [-(-axis // dil) for axis, dil in zip(length, dilation, strict=True)]
     halos = [_halos(*axis) for axis in zip(length, kernel_size, dilation, stride, is_causal, tile, strict=True)]
     return _Plan(

@@ -69,9 +69,9 @@ def _case(
 
 _SMALL = ("small",)
 CASES = {
-    "224_stage1": _case((8, 56, 56, 2, 32), region_size=8, topk=1),
+    "224_stage1": _case((8, 56, 56, 2, 32), region_size=8, topk=1, groups=("families", "kernels")),
     "224_stage2": _case((8, 28, 28, 4, 32), region_size=4, topk=4),
-    "224_stage3": _case((8, 14, 14, 8, 32), region_size=2, topk=16),
+    "224_stage3": _case((8, 14, 14, 8, 32), region_size=2, topk=16, groups=("families", "kernels")),
     "512_stage1": _case((2, 128, 128, 2, 32), region_size=16, topk=1),
     "512_stage2": _case((2, 64, 64, 4, 32), region_size=8, topk=4),
     "512_stage3": _case((2, 32, 32, 8, 32), region_size=4, topk=16),
