@@ -47,7 +47,7 @@ def test_widths(head, channels, width, auxiliary):
 
 
 def test_unknown_head():
-    with pytest.raises(ValueError, match="upernet, semantic_fpn or segformer"):
+    with pytest.raises(ValueError, match="upernet, semantic_fpn, segformer or taskexpert"):
         Segmenter(DenseBackbone("test_dinat", "segmentation"), 4, "fcn")
 
 

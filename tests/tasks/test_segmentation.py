@@ -287,7 +287,7 @@ def test_two_processes_measure_what_one_does(tmp_path, trainer):
     (dict(num_classes=256), "255 labels at most"),
     (dict(class_names=["a"]), "1 class names were given for 5"),
     (dict(ema_decay=1.0), "ema_decay"),
-    (dict(head="deeplab"), "upernet, semantic_fpn or segformer"),
+    (dict(head="deeplab"), "upernet, semantic_fpn, segformer or taskexpert"),
     (dict(schedule="step"), "poly or cosine"),
     (dict(losses={"focal": 1.0}), "cross_entropy, dice, ohem"),
     (dict(class_weights=[1.0]), "1 class_weights were given for 5"),

@@ -10,9 +10,13 @@ from ..runtime.tiles import window_starts
 from .blocks import resize
 from .segformer import SegFormerHead
 from .semantic_fpn import SemanticFPNHead
+from .taskexpert import TaskExpertHead
 from .upernet import FCNHead, UPerNetHead
 
-__all__ = ["Segmenter", "multi_scale", "sliding_window"]
+__all__ = ["HeadName", "Segmenter", "make_head", "multi_scale", "sliding_window"]
+
+HeadName = Literal["upernet", "semantic_fpn", "segformer", "taskexpert"]
+_WIDTHS = {"upernet": 512, "semantic_fpn": 128, "segformer": 256, "taskexpert": 256}  # the papers', but for the last
 
 
 class Segmenter(nn.Module):
@@ -21,9 +25,9 @@ class Segmenter(nn.Module):
     Args:
         backbone: Gives the maps, finest first.
         num_classes: Channels of the logits.
-        head: ``upernet``, ``semantic_fpn`` or ``segformer``.
-        channels: Width of the head; None for the papers' (512 of UPerNet, 128 of Semantic FPN, 256 of SegFormer).
-            Semantic FPN's pyramid is twice as wide, the auxiliary head half as wide.
+        head: ``upernet``, ``semantic_fpn``, ``segformer`` or ``taskexpert``.
+        channels: Width of the head; None for the papers' (512 of UPerNet, 128 of Semantic FPN, 256 of SegFormer), and
+            256 of TaskExpert's idea. Semantic FPN's pyramid is twice as wide, the auxiliary head half as wide.
         auxiliary: Add an FCN head on the last but one map, for an auxiliary loss.
     """
 
@@ -34,30 +38,20 @@ class Segmenter(nn.Module):
             self,
             backbone: DenseBackbone,
             num_classes: int,
-            head: Literal["upernet", "semantic_fpn", "segformer"] = "upernet",
+            head: HeadName = "upernet",
             channels: int | None = None,
             auxiliary: bool = False,
     ):
         super().__init__()
-        if head not in ("upernet", "semantic_fpn", "segformer"):
-            raise ValueError(f"head must be upernet, semantic_fpn or segformer, got {head!r}")
         self.backbone = backbone
-        self.head: nn.Module
-        if head == "upernet":
-            channels = channels or 512
-            self.head = UPerNetHead(backbone.channels, num_classes, channels)
-        elif head == "segformer":
-            channels = channels or 256
-            self.head = SegFormerHead(backbone.channels, num_classes, channels)
-        else:
-            channels = channels or 128
-            self.head = SemanticFPNHead(backbone.channels, backbone.reductions, num_classes, channels, 2 * channels)
+        self.head = make_head(backbone, num_classes, head, channels)
         self.auxiliary_head = None
         if auxiliary:
             if len(backbone.channels) < 2:
                 raise ValueError(f"{backbone.name} gives a single map here and the auxiliary head needs the last but "
                                  "one: set auxiliary_weight to 0")
-            self.auxiliary_head = FCNHead(backbone.channels[-2], num_classes, max(1, channels // 2))
+            width = channels or _WIDTHS[head]
+            self.auxiliary_head = FCNHead(backbone.channels[-2], num_classes, max(1, width // 2))
         for name, values in zip(("mean", "std"), backbone.normalisation, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
@@ -76,6 +70,25 @@ class Segmenter(nn.Module):
         if not maps:
             return resize(logits, images.shape[-2:])
         return [logits] if self.auxiliary_head is None else [logits, self.auxiliary_head(features[-2])]
+
+
+def make_head(backbone: DenseBackbone, outputs: int, head: HeadName, channels: int | None = None) -> nn.Module:
+    """A head that takes a backbone's maps to ``[B, outputs, H, W]`` at the size of the finest.
+
+    Raises:
+        ValueError: There is no such head.
+    """
+    if head not in _WIDTHS:
+        *names, last = _WIDTHS
+        raise ValueError(f"head must be {', '.join(names)} or {last}, got {head!r}")
+    channels = channels or _WIDTHS[head]
+    if head == "upernet":
+        return UPerNetHead(backbone.channels, outputs, channels)
+    if head == "segformer":
+        return SegFormerHead(backbone.channels, outputs, channels)
+    if head == "taskexpert":
+        return TaskExpertHead(backbone.channels, outputs, channels)
+    return SemanticFPNHead(backbone.channels, backbone.reductions, outputs, channels, 2 * channels)
 
 
 def sliding_window(

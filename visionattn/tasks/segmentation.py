@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..dense import DenseBackbone
 from ..heads.blocks import resize
-from ..heads.segmenter import Segmenter, multi_scale, sliding_window
+from ..heads.segmenter import HeadName, Segmenter, multi_scale, sliding_window
 from ..layers.auxiliary import auxiliary_losses
 from ..runtime.engine import Meaning
 from ..runtime.pictures import voc_colors
@@ -64,8 +64,8 @@ class SegmentationTask(Task):
         grad_checkpointing: Compute inner values of the backbone a second time in the backward pass instead of keeping
             them, for less memory and more time: ``attention``, those of attention alone; true, all of each block's.
         drop_path_rate: Stochastic depth; None leaves the model's own. A model that has none goes without.
-        head: ``upernet``, ``semantic_fpn`` or ``segformer``.
-        head_channels: Width of the head; None for the papers' (512, 128 and 256).
+        head: ``upernet``, ``semantic_fpn``, ``segformer`` or ``taskexpert``.
+        head_channels: Width of the head; None for the papers' (512, 128 and 256), and 256 of ``taskexpert``.
         losses: Weight of each loss: ``cross_entropy``, ``dice``, ``ohem``; None for cross-entropy alone.
         class_weights: Weight of each label's pixels in cross-entropy, for labels that are rare; None for equal ones.
         auxiliary_weight: Of the loss of an FCN head on the last but one stage; 0 for no such head. A backbone that
@@ -115,7 +115,7 @@ class SegmentationTask(Task):
             frozen_norms: bool = False,
             grad_checkpointing: bool | str = False,
             drop_path_rate: float | None = None,
-            head: Literal["upernet", "semantic_fpn", "segformer"] = "upernet",
+            head: HeadName = "upernet",
             head_channels: int | None = None,
             losses: dict[str, float] | None = None,
             class_weights: list[float] | None = None,
@@ -205,9 +205,8 @@ class SegmentationTask(Task):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser and its schedule, stepped once an optimiser step."""
-        args, model = self.args, self.model
-        heads = [head for head in (model.backbone.norms, model.head, model.auxiliary_head) if head is not None]
-        optimizer = self.optimizer_of(model.backbone.model, heads)
+        args = self.args
+        optimizer = self.optimizer_of(self.model.backbone.model, self.heads())
         steps, floor, start = self.training_steps(), self.of_peak(args.min_lr), self.start_ratio()
         warmup = self.warmup_steps(args.warmup_steps, steps)
         if args.schedule == "cosine":
@@ -215,6 +214,11 @@ class SegmentationTask(Task):
         else:
             schedule = poly_with_warmup(optimizer, steps, warmup, floor, args.poly_power, start)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def heads(self) -> list[nn.Module]:
+        """What is trained beside the timm model."""
+        model = self.model
+        return [head for head in (model.backbone.norms, model.head, model.auxiliary_head) if head is not None]
 
     def compiled(self) -> list[nn.Module]:
         """The backbone and the heads, which a training step calls one by one."""
