@@ -64,6 +64,7 @@ def test_it_is_trained_and_exported(task, checkout, tmp_path):
     assert (tmp_path / "toy.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_it_is_benchmarked(checkout, tmp_path):
     said = run(checkout, "tools/benchmark_models.py", "--models", "toy*", "--batch", "1", "--repeats", "2", "--output",
                str(tmp_path / "models.csv"))

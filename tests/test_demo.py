@@ -38,6 +38,7 @@ def test_demo(tmp_path):
         assert words in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "figure", "predictions"), [
     ("detection", "box_map_50", "predictions.json"), ("segmentation", "miou", "predictions/scene_00011.png"),
 ])

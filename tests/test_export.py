@@ -21,7 +21,8 @@ from visionattn.tasks import DetectionTask, SegmentationTask
 
 
 @pytest.mark.parametrize("name", [
-    "test_biformer", "test_dinat", "test_efficientvit_cga", "test_agent_swin", "test_vit"])
+    "test_biformer", "test_dinat", "test_efficientvit_cga", "test_vit",
+    pytest.param("test_agent_swin", marks=pytest.mark.slow)])
 def test_exported_file_agrees_with_eager(name, tmp_path):
     torch.manual_seed(0)
     report = export.export_onnx(timm.create_model(name, num_classes=7), tmp_path / "sub" / "model.onnx")
@@ -38,7 +39,7 @@ def test_exported_file_agrees_with_eager(name, tmp_path):
     pytest.param("test_biformer", {}, marks=pytest.mark.slow),
     pytest.param("test_dinat", {"dilations": [[2]] * 4}, marks=pytest.mark.slow),
     pytest.param("test_datr", {"wrap": True}, marks=pytest.mark.slow),
-    ("test_efficientvit_cga", {"depths": (1, 1, 1)})])
+    pytest.param("test_efficientvit_cga", {"depths": (1, 1, 1)}, marks=pytest.mark.slow)])
 def test_dynamic_size(name, options, tmp_path):
     """Sizes other than the traced one are right too, also smaller ones, where the maps have to be padded."""
     import onnxruntime
@@ -270,6 +271,7 @@ def shape(value):
     return [length.dim_value for length in value.type.tensor_type.shape.dim]
 
 
+@pytest.mark.slow
 def test_the_file_has_the_channels_and_the_size_that_the_model_was_made_for(tmp_path):
     torch.manual_seed(0)
     export.export_onnx(timm.create_model("test_efficientvit_cga", in_chans=1), tmp_path / "grey.onnx")

@@ -216,6 +216,7 @@ def test_squares_become_products():
     torch.testing.assert_close(folded(images), model(images), rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_opset_17(model, tmp_path):
     """Reductions and splits are written as that opset writes them."""
     torch.manual_seed(0)

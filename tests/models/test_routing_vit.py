@@ -139,6 +139,7 @@ def test_auxiliary_loss_in_the_task(tmp_path):
     assert not torch.equal(task.model.stages[0].blocks[0][1].attn.centroids, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assignment", ["topk", "capacity"])
 def test_exports_with_dynamic_batch_height_and_width(assignment, tmp_path):
     pytest.importorskip("onnxruntime", reason="the export extra is not installed")

@@ -374,6 +374,7 @@ def measure(processes, folder):
         assert run.callback_metrics["val/box_map"] >= 0
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
     measure(1, tmp_path / "1")
     script = tmp_path / "script.py"  # a file, which DDP starts its second process from
