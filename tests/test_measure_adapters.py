@@ -36,6 +36,7 @@ def test_every_method_is_measured_once(tool, tmp_path, monkeypatch):
     assert list(rows) == ["full", "knn", *[name for name in tool.METHODS if name not in ("full", "knn")]]
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows.values())
     assert int(rows["full"]["trained"]) == int(rows["full"]["parameters"])
+    assert int(rows["knn"]["trained"]) == 0 < int(rows["knn"]["bytes"])
     for name, row in rows.items():
         if name.startswith(("lora", "onebit")):
             assert int(row["trained"]) < 0.02 * int(row["parameters"])

@@ -55,6 +55,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "tcpa": ("TCPA", {"adapter": "tcpa", "class_pool": 4, "class_topk": 2, "image_pool": 4, "image_topk": 2,
                       "random_epochs": 6}),
 }
+FIELDS = ("method", "seed", "accuracy", "lr", "kept", "bytes", "trained", "step", "peak_mib", "parameters", "epochs",
+          "minutes", "torch", "timm", "visionattn", "date")  # of the file
 START, END = "<!-- measured adapters -->", "<!-- end of measured adapters -->"
 
 
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             row = measure(name, backbone, seed, args.epochs)
             fresh = not args.out.exists()
             with args.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(row))
+                writer = csv.DictWriter(file, fieldnames=FIELDS)
                 if fresh:
                     writer.writeheader()
                 writer.writerow(row)
