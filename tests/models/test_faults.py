@@ -62,7 +62,7 @@ def training_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Everything that a training step gives: output, gradients, buffers."""
     leaf = x.clone().requires_grad_()
     out = model(leaf)
-    out.square().sum().backward()
+    sum(auxiliary_losses(model).values(), out.square().sum()).backward()
     return {
         "output": out.detach(), "input": leaf.grad,
         **{key: parameter.grad for key, parameter in model.named_parameters()},
