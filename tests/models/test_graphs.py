@@ -154,7 +154,11 @@ def test_torch_onnx_export_called_directly(name, grad, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     found, = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():
-        same(torch.from_numpy(found), model(images))
+        expected = model(images)
+    if name == "test_sparsifiner":  # of keys with nearly the same score another may be chosen
+        assert (torch.from_numpy(found) - expected).abs().max() < 1e-3 * expected.abs().max()
+    else:
+        same(torch.from_numpy(found), expected)
 
 
 @pytest.mark.slow
