@@ -1,15 +1,15 @@
 """The tool that compares two checkouts: what agrees is timed, what differs is said."""
 import csv
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+from tests.tools import load_tool
 
-import compare_versions  # noqa: E402
+ROOT = Path(__file__).parent.parent
+
+compare_versions = load_tool("compare_versions")
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,14 @@
 """The tool that compares ways to tune a backbone: rows go on where the file ends, and become a table."""
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parent.parent / "tools" / "measure_adapters.py"
+from tests.tools import load_tool
 
 
 @pytest.fixture(scope="module")
 def tool():
-    sys.path.insert(0, str(TOOL.parent))  # where it finds the tool that it takes its table's writer from
-    try:
-        spec = importlib.util.spec_from_file_location("measure_adapters", TOOL)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOL.parent))
-    return module
+    return load_tool("measure_adapters")
 
 
 @pytest.mark.slow

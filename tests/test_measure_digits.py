@@ -1,21 +1,14 @@
 """The tool that trains every family on the digits: rows go on where the file ends, and become a table."""
 import csv
-import importlib.util
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parent.parent / "tools" / "measure_digits.py"
+from tests.tools import load_tool
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("measure_digits", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("measure_digits")
 
 
 @pytest.mark.slow

@@ -1,17 +1,14 @@
 """The tool that cuts a model of experts to one task: its tasks, its rows, and the table of them."""
 import csv
-import importlib
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+from tests.tools import load_tool
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("measure_experts")
+def tool():
+    return load_tool("measure_experts")
 
 
 def test_counts(tool):

@@ -1,22 +1,15 @@
 """The tool that measures class-incremental training: its letters, and the table of its rows."""
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-TOOL = Path(__file__).parent.parent / "tools" / "measure_incremental.py"
+from tests.tools import load_tool
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("measure_incremental", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("measure_incremental")
 
 
 def test_letters_are_drawn_alike_each_time_and_none_is_a_digit(tool, tmp_path, monkeypatch):

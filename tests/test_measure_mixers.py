@@ -1,17 +1,14 @@
 """The tool that compares the token mixers: what a layer costs, and the table of the rows that there are."""
 import csv
-import importlib
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+from tests.tools import load_tool
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("measure_mixers")
+def tool():
+    return load_tool("measure_mixers")
 
 
 def test_every_mixer_has_a_row(tool, tmp_path, monkeypatch):

@@ -1,17 +1,14 @@
 """The tool that times Sparsifiner's attention: it checks what it times, and writes rows and a table."""
 import csv
-import importlib
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+from tests.tools import load_tool
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("measure_sparsifiner")
+def tool():
+    return load_tool("measure_sparsifiner")
 
 
 def test_rows_and_table(tool, tmp_path):

@@ -1,17 +1,14 @@
 """The tool that says how the ops' time grows, and from how many tokens they beat full attention."""
 import csv
-import importlib
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+from tests.tools import load_tool
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("write_scaling_table")
+def tool():
+    return load_tool("write_scaling_table")
 
 
 def test_slopes_and_crossings(tool):

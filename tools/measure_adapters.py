@@ -12,9 +12,6 @@ has are left as they are.
 """
 import argparse
 import copy
-import csv
-import datetime
-import importlib.metadata
 import statistics
 import sys
 import tempfile
@@ -25,7 +22,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from measure_digits import write_between
+from rows import append_rows, read_rows, when_and_with, write_between
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -55,8 +52,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "tcpa": ("TCPA", {"adapter": "tcpa", "class_pool": 4, "class_topk": 2, "image_pool": 4, "image_topk": 2,
                       "random_epochs": 6}),
 }
-FIELDS = ("method", "seed", "accuracy", "lr", "kept", "bytes", "trained", "step", "peak_mib", "parameters", "epochs",
-          "minutes", "torch", "timm", "visionattn", "date")  # of the file
 START, END = "<!-- measured adapters -->", "<!-- end of measured adapters -->"
 
 
@@ -77,19 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, help="write the rows that there are then as a table into this page")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    known = {(row["method"], row["seed"]) for row in _rows(args.out)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    known = {(row["method"], row["seed"]) for row in read_rows(args.out)} if args.out.exists() else set()
     for seed in args.seeds:
         wanted = [name for name in args.methods if (name, str(seed)) not in known]
         backbone = _pretrained(seed, 2 * args.epochs) if wanted else None
         for name in wanted:
             row = measure(name, backbone, seed, args.epochs)
-            fresh = not args.out.exists()
-            with args.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=FIELDS)
-                if fresh:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_rows(args.out, [row])
             print("{method:20} seed {seed}: {accuracy:.4f}, {trained} trained, {bytes} bytes".format(**row), flush=True)
     if args.page:
         write_table(args.out, args.page)
@@ -113,14 +102,12 @@ def measure(name: str, backbone: Any, seed: int, epochs: int) -> dict[str, Any]:
             "trained": sum(x.numel() for x in model.parameters() if x.requires_grad)} | _cost(name, backbone, data)
     return row | found | {
         "parameters": sum(x.numel() for x in backbone.parameters()), "epochs": epochs,
-        "minutes": round((time.process_time() - start) / 60, 2),
-        **{library: importlib.metadata.version(library) for library in ("torch", "timm", "visionattn")},
-        "date": datetime.date.today().isoformat()}
+        "minutes": round((time.process_time() - start) / 60, 2), **when_and_with()}
 
 
 def write_table(source: Path, page: Path) -> None:
     """Replaces what is between the marks of ``page`` by a table of the rows of ``source``."""
-    rows = _rows(source)
+    rows = read_rows(source)
     lines = ["| method | seeds | accuracy, % | least to most | trained | of the model | kept in | a step | memory |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name in [name for name in METHODS if any(row["method"] == name for row in rows)]:
@@ -134,14 +121,6 @@ def write_table(source: Path, page: Path) -> None:
             f"{min(shares):.1f} to {max(shares):.1f}", f"{trained:,}",
             f"{100 * trained / int(first['parameters']):.2f} %", f"{int(first['bytes']):,} bytes", *cost]) + " |")
     write_between(page, START, END, lines)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of the file, if it is there."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _data(classes: range) -> DigitsData:

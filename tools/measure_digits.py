@@ -11,27 +11,24 @@ the order of the images and all that changes them. Rows that the file has are le
 """
 import argparse
 import contextlib
-import csv
-import datetime
-import importlib.metadata
 import io
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from rows import append_rows, read_rows, when_and_with, write_between
 
 from visionattn.cli import main as visionattn
 from visionattn.models import families
 from visionattn.weights import sized_args
 
-__all__ = ["MODELS", "main", "measure", "write_between", "write_table"]
+__all__ = ["MODELS", "main", "measure", "write_table"]
 
 SEEDS = (0, 1, 2)
 PEERS = ("test_vit", "test_convnext", "test_resnet", "test_efficientnet")  # timm's, of as many parameters
@@ -61,25 +58,14 @@ def main(argv: list[str] | None = None) -> int:
         write_table(args.out, args.page)
         return 0
     torch.set_num_threads(1)
-    rows = []
-    if args.out.exists():
-        with args.out.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    known = {(row["model"], row["seed"]) for row in rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a", newline="") as file:
-        writer = None
-        for seed in args.seeds:
-            for name in args.models:
-                if (name, str(seed)) in known:
-                    continue
-                row = measure(name, seed, args.epochs, args.image_size)
-                writer = writer or csv.DictWriter(file, fieldnames=list(row))
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                print("{model:26} seed {seed}: {accuracy:.4f} after {minutes} minutes".format(**row), flush=True)
+    known = {(row["model"], row["seed"]) for row in read_rows(args.out)} if args.out.exists() else set()
+    for seed in args.seeds:
+        for name in args.models:
+            if (name, str(seed)) in known:
+                continue
+            row = measure(name, seed, args.epochs, args.image_size)
+            append_rows(args.out, [row])
+            print("{model:26} seed {seed}: {accuracy:.4f} after {minutes} minutes".format(**row), flush=True)
     return 0
 
 
@@ -107,14 +93,12 @@ def measure(
     return {
         "model": name, "parameters": parameters, "seed": seed, "accuracy": found["accuracy"], "loss": found["loss"],
         "epochs": epochs, "image_size": image_size, "minutes": round((time.process_time() - start) / 60, 2),
-        **{library: importlib.metadata.version(library) for library in ("torch", "timm", "visionattn")},
-        "date": datetime.date.today().isoformat()}
+        **when_and_with()}
 
 
 def write_table(source: Path, page: Path) -> None:
     """Replaces what is between the marks of ``page`` by a table of the rows of ``source``."""
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(source)
     lines = ["| model | parameters | seeds | accuracy, % | least to most |", "|---|---|---|---|---|"]
     for name in dict.fromkeys(row["model"] for row in rows):
         chosen = [row for row in rows if row["model"] == name]
@@ -123,19 +107,6 @@ def write_table(source: Path, page: Path) -> None:
         lines.append(f"| {whose}{name} | {count:,} | {len(chosen)} | {statistics.mean(shares):.1f} | "
                      f"{min(shares):.1f} to {max(shares):.1f} |")
     write_between(page, START, END, lines)
-
-
-def write_between(page: Path, start: str, end: str, lines: Sequence[str]) -> None:
-    """Replaces what is between two marks of ``page``.
-
-    Raises:
-        ValueError: The page lacks the marks.
-    """
-    before, found, rest = page.read_text().partition(start)
-    _, found_end, after = rest.partition(end)
-    if not found or not found_end:
-        raise ValueError(f"{page} needs the lines {start} and {end}")
-    page.write_text(f"{before}{start}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ which sorts tokens by expert, and of the ONNX file in ONNX Runtime, where all ex
 nothing else than the routers depends on the task.
 """
 import argparse
-import csv
 import itertools
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import onnxruntime
 import timm
 import torch
-from measure_digits import write_between
+from rows import read_rows, write_between, write_rows
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -62,15 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     backbone = timm.create_model("test_modular_vit", num_classes=0, **options)
     heads = nn.ModuleDict({task: nn.Linear(backbone.num_features, classes) for task, classes in CLASSES.items()})
     train(backbone, heads, args.steps, args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for task in CLASSES:
         rows += [{"seed": args.seed, "steps": args.steps, **row}
                  for row in compare(backbone, heads[task], task, args.thresholds)]
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.out, rows)
     return 0
 
 
@@ -181,8 +176,7 @@ def _times(runs: list[list[Callable[[], Any]]], turns: int = 15) -> list[list[fl
 
 def write_table(source: Path, page: Path) -> None:
     """Replaces what is between the marks of ``page`` by a table of the rows of ``source``."""
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(source)
     lines = ["| task | experts chosen by | attention, perceptron | parameters | accuracy, % | ms, PyTorch | ms, ONNX |",
              "|---|---|---|---|---|---|---|"]
     for row in rows:

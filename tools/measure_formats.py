@@ -23,6 +23,7 @@ from unittest import mock
 
 import timm
 import torch
+from rows import write_between
 
 from visionattn import export
 from visionattn.dense import DenseBackbone
@@ -121,8 +122,7 @@ def write_table(source: Path, page: Path) -> None:
         lines.append([family, task, *(_cell(cells.get(name), reasons) for name in names)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = "\n".join(f"{number}. {reason}" for reason, number in reasons.items())
-    before, _, rest = page.read_text().partition(START)
-    page.write_text(f"{before}{START}\n\n{table}\n\n{notes}\n\n{END}{rest.partition(END)[2]}")
+    write_between(page, START, END, [table, "", notes])
 
 
 def _cell(row: dict[str, str] | None, reasons: dict[str, int]) -> str:

@@ -10,9 +10,6 @@ of the 300 test images, of which those of the classes so far count. A seed draws
 backbone is the same. Rows that the file has are left as they are, and so is the pretraining's run folder.
 """
 import argparse
-import csv
-import datetime
-import importlib.metadata
 import math
 import statistics
 import string
@@ -26,11 +23,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
-try:
-    from measure_digits import write_between
-except ImportError:
-    from tools.measure_digits import write_between
+from rows import append_rows, read_rows, when_and_with, write_between
 
 from visionattn.cli import main as visionattn
 
@@ -59,20 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         write_table(args.out, args.page)
         return 0
     torch.set_num_threads(1)
-    known = set()
-    if args.out.exists():
-        with args.out.open(newline="") as file:
-            known = {row["seed"] for row in csv.DictReader(file)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    known = {row["seed"] for row in read_rows(args.out)} if args.out.exists() else set()
     for seed in args.seeds:
         if str(seed) in known:
             continue
-        rows = measure(seed, pretrained(args.letters, args.letters_epochs), args.epochs)
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
+        append_rows(args.out, measure(seed, pretrained(args.letters, args.letters_epochs), args.epochs))
     return 0
 
 
@@ -106,12 +90,8 @@ def measure(seed: int, checkpoint: Path, epochs: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         _fit("incremental", Path(folder), seed, epochs, {
             "model.checkpoint_path": checkpoint, "model.baselines": "true"})
-        with Path(folder, "incremental.csv").open(newline="") as file:
-            table = [row for row in csv.DictReader(file) if row["step"] != "average"]
-    about = {
-        "minutes": round((time.process_time() - start) / 60, 2),
-        **{library: importlib.metadata.version(library) for library in ("torch", "timm", "visionattn")},
-        "date": datetime.date.today().isoformat()}
+        table = [row for row in read_rows(Path(folder, "incremental.csv")) if row["step"] != "average"]
+    about = {"minutes": round((time.process_time() - start) / 60, 2), **when_and_with()}
     return [{"seed": seed, "method": method, "step": row["step"], "classes": row["classes"], "accuracy": row[method],
              **about} for method in METHODS for row in table]
 
@@ -151,8 +131,7 @@ def write_letters(folder: Path) -> None:
 
 def write_table(source: Path, page: Path) -> None:
     """Replaces what is between the marks of ``page`` by a table of the rows of ``source``."""
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(source)
     steps = sorted({(int(row["step"]), int(row["classes"])) for row in rows})
     heads = [f"{classes} classes" for _, classes in steps]
     lines = [f"| | {' | '.join(heads)} | average | least to most at the end |", f"|---{'|---' * (len(heads) + 2)}|"]

@@ -8,7 +8,6 @@ of the turns, which the mixers take one after the other) and memory are those of
 heads, forward, one image. They are written first; what the file has already is left as it is.
 """
 import argparse
-import csv
 import itertools
 import sys
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_digits import measure, write_between
+from measure_digits import measure
+from rows import read_rows, write_between, write_rows
 
 from visionattn.bench.timing import peak_memory
 from visionattn.models.mixer_vit import MIXERS
@@ -45,26 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     rows: dict[str, dict[str, Any]] = {}
     if args.out.exists():
-        with args.out.open(newline="") as file:
-            rows = {row["mixer"]: dict(row) for row in csv.DictReader(file)}
+        rows |= {row["mixer"]: row for row in read_rows(args.out)}
     wanted = [mixer for mixer in args.mixers if not rows.get(mixer, {}).get("accuracy")]
     for mixer, costs in measure_costs([mixer for mixer in wanted if mixer not in rows], args.sides).items():
         rows[mixer] = {"mixer": mixer, **costs}
-    _write(rows, args.out)
+    write_rows(args.out, list(rows.values()))
     for mixer in wanted:
         options = {"mixer": mixer, "mixer_args": OPTIONS.get(mixer, {})}
         rows[mixer] |= measure("test_mixer_vit", 0, args.epochs, 64, options)
-        _write(rows, args.out)
+        write_rows(args.out, list(rows.values()))
         print("{mixer:14} {accuracy:.4f} after {minutes} minutes".format(**rows[mixer]), flush=True)
     return 0
-
-
-def _write(rows: dict[str, dict[str, Any]], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows.values() for key in row)))
-        writer.writeheader()
-        writer.writerows(rows.values())
 
 
 @torch.inference_mode()
@@ -88,8 +79,7 @@ def measure_costs(mixers: list[str], sides: tuple[int, ...], turns: int = 5) -> 
 
 def write_table(source: Path, page: Path) -> None:
     """Replaces what is between the marks of ``page`` by a table of the rows of ``source``."""
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(source)
     counts = [key.removeprefix("ms_") for key in rows[0] if key.startswith("ms_")]
     lines = ["| mixer | accuracy, % | " + " | ".join(f"{int(n):,} tokens: ms, MiB" for n in counts) + " |",
              "|---" * (2 + len(counts)) + "|"]

@@ -10,9 +10,6 @@ left as they are.
 """
 import argparse
 import contextlib
-import csv
-import datetime
-import importlib.metadata
 import io
 import json
 import sys
@@ -23,7 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from measure_digits import write_between
+from rows import append_rows, read_rows, when_and_with, write_between
 
 from visionattn.cli import main as visionattn
 from visionattn.recipes import find_recipe
@@ -47,35 +44,22 @@ def main(argv: list[str] | None = None) -> int:
         write_table(args.out, args.page)
         return 0
     torch.set_num_threads(1)
-    rows = []
-    if args.out.exists():
-        with args.out.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_rows(args.out) if args.out.exists() else []
     known = {(row["run"], row["seed"], row["epochs"]) for row in rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a", newline="") as file:
-        for seed in args.seeds:
-            for name in ("joint", *METRICS):
-                if (name, str(seed), str(args.epochs)) in known:
+    for seed in args.seeds:
+        for name in ("joint", *METRICS):
+            if (name, str(seed), str(args.epochs)) in known:
+                continue
+            found, minutes = measure(joint(seed, args.epochs) if name == "joint" else alone(name, seed, args.epochs))
+            for task, metric in METRICS.items():
+                if name not in ("joint", task):
                     continue
-                found, minutes = measure(
-                    joint(seed, args.epochs) if name == "joint" else alone(name, seed, args.epochs))
-                for task, metric in METRICS.items():
-                    value = found.get(f"{task}/{metric}" if name == "joint" else metric)
-                    if name not in ("joint", task):
-                        continue
-                    row = {
-                        "run": name, "seed": seed, "epochs": args.epochs, "task": task, "metric": metric,
-                        "value": value, "minutes": minutes,
-                        **{library: importlib.metadata.version(library) for library in ("torch", "timm", "visionattn")},
-                        "date": datetime.date.today().isoformat()}
-                    writer = csv.DictWriter(file, fieldnames=list(row))
-                    if file.tell() == 0:
-                        writer.writeheader()
-                    writer.writerow(row)
-                    file.flush()
-                    print("{run:14} seed {seed}: {task} {metric} {value} after {minutes} minutes".format(**row),
-                          flush=True)
+                row = {
+                    "run": name, "seed": seed, "epochs": args.epochs, "task": task, "metric": metric,
+                    "value": found.get(f"{task}/{metric}" if name == "joint" else metric), "minutes": minutes,
+                    **when_and_with()}
+                append_rows(args.out, [row])
+                print("{run:14} seed {seed}: {task} {metric} {value} after {minutes} minutes".format(**row), flush=True)
     return 0
 
 
@@ -125,8 +109,7 @@ def measure(config: dict[str, Any]) -> tuple[dict[str, Any], float]:
 
 def write_table(source: Path, page: Path) -> None:
     """Replaces what is between the marks of ``page`` by a table of the rows of ``source``."""
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(source)
     lines = ["| task | metric | epochs | seed | alone, % | together, % | difference |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         if row["run"] != "joint":

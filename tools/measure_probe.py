@@ -9,7 +9,6 @@ twice, each time as a process of its own, on a backbone without trained weights;
 from what it says.
 """
 import argparse
-import csv
 import itertools
 import re
 import resource
@@ -24,6 +23,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from rows import write_rows
 
 from visionattn.heads.probing import PooledHead, Pooling
 
@@ -47,11 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = measure_heads(args.turns)
     else:
         rows = [row for count in sorted(args.images) for row in measure_cache(args.model, count)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows)
     for row in rows:
         print(row)
     return 0

@@ -10,7 +10,6 @@ in the authors' code), which must agree before anything is timed. Time is the pr
 ways take one after the other.
 """
 import argparse
-import csv
 import itertools
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_digits import write_between
+from rows import read_rows, write_between, write_rows
 
 from visionattn.bench.machine import cpu_name, figure, version
 from visionattn.layers import SparsifiedAttention
@@ -48,12 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         write_table(args.out, args.page)
         return 0
     torch.set_num_threads(1)
-    rows = [row for side in args.sides for row in measure(side, args.turns)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, [row for side in args.sides for row in measure(side, args.turns)])
     return 0
 
 
@@ -95,8 +89,7 @@ def _run(layer: SparsifiedAttention, x: torch.Tensor, backend: str | None) -> to
 
 def write_table(source: Path, page: Path) -> None:
     """Replaces what is between the marks of ``page`` by a table of ``source``: time, and over that of all keys."""
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(source)
     lines = ["| tokens | " + " | ".join(FORMS) + " |", "|---" * (1 + len(FORMS)) + "|"]
     for tokens in dict.fromkeys(row["tokens"] for row in rows):
         found = {row["form"]: row for row in rows if row["tokens"] == tokens}

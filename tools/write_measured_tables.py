@@ -4,9 +4,10 @@
     python tools/write_measured_tables.py results/export_speed_cpu.csv docs/export.md
     python tools/write_measured_tables.py results/kernels.csv docs/kernels.md
 """
-import csv
 import sys
 from pathlib import Path
+
+from rows import read_rows, write_between
 
 __all__ = ["write_measured_tables"]
 
@@ -20,14 +21,8 @@ def write_measured_tables(source: Path, page: Path) -> None:
     Raises:
         ValueError: The page lacks the marks.
     """
-    with source.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    start, end = KERNELS if "registers" in rows[0] else MARKS
-    before, found, rest = page.read_text().partition(start)
-    _, found_end, after = rest.partition(end)
-    if not found or not found_end:
-        raise ValueError(f"{page} needs the lines {start} and {end}")
-    page.write_text(f"{before}{start}\n\n{_tables(rows)}\n\n{end}{after}")
+    rows = read_rows(source)
+    write_between(page, *(KERNELS if "registers" in rows[0] else MARKS), [_tables(rows)])
 
 
 def _tables(rows: list[dict[str, str]]) -> str:

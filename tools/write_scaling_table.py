@@ -7,14 +7,13 @@
 Times are those of a head, the best of the turns. A slope is that of the least-squares line through the logarithms; the
 number of tokens where an op begins to beat full attention lies on the lines between the neighbouring measurements.
 """
-import csv
 import math
 import re
 import statistics
 import sys
 from pathlib import Path
 
-from measure_digits import write_between
+from rows import read_rows, write_between
 
 from visionattn.ops import cases
 
@@ -36,7 +35,7 @@ def write_scaling_table(sources: list[Path], page: Path) -> None:
     Raises:
         ValueError: The page lacks the marks.
     """
-    rows = [row for source in sources for row in csv.DictReader(source.open(newline=""))]
+    rows = [row for source in sources for row in read_rows(source)]
     lines = ["| op, cases | tokens | slope | last step | ms at the most tokens | full, ms | faster from |",
              "|---|---|---|---|---|---|---|"]
     for name, (ours, full) in _series(rows).items():

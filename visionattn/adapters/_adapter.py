@@ -1,4 +1,5 @@
 """What all adapters have in common: how they are attached to a model and detached, and what of it they keep."""
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ __all__ = [
 ROOM = "adapters"  # what the module of a model is called that holds its adapters
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """Few weights beside a frozen backbone, with the places in it where they work.
 
     A subclass has its options as arguments of ``__init__``, hands them on to this one by name, and has the method
@@ -51,13 +52,13 @@ class Adapter(nn.Module):
 
     # What a subclass says
 
+    @abstractmethod
     def inject(self, backbone: Any) -> None:
         """Makes the layers and binds them to a timm model.
 
         Raises:
             ValueError: The model has no places for them.
         """
-        raise NotImplementedError
 
     def merge(self, backbone: Any) -> bool:
         """Makes the adapter as plain as it can be for the same function: folded into the backbone's weights, if it can.

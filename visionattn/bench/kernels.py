@@ -16,13 +16,12 @@ from .machine import dtype_name, version
 
 __all__ = ["TARGETS", "compile_kernels"]
 
-TARGETS = {"sm_80": (164, 255), "sm_90": (228, 255), "sm_100": (228, 255)}  # KiB of shared memory of an SM, registers
+TARGETS = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KiB of shared memory of an SM
 _REGISTERS, _THREADS, _BLOCKS = 65_536, 2048, 32  # of an SM
 
 
-def compile_kernels(
-        op: str, case: str, dtype: torch.dtype, target: str, backward: bool = True) -> list[dict[str, Any]]:
-    """Compiles the kernels that one of an op's cases launches, as a GPU of the kind ``target`` would be given them.
+def compile_kernels(op: str, case: str, dtype: torch.dtype, target: str) -> list[dict[str, Any]]:
+    """Compiles the kernels of one of an op's cases and its gradients, as a GPU ``target`` would be given them.
 
     The op's own launchers run with tensors on a CPU, so that tiles and constants are those of a real call; every launch
     stops at the compiled kernel. Registers and spilled bytes a thread are what ptxas says; blocks an SM follow from
@@ -33,7 +32,6 @@ def compile_kernels(
         case: Name of one of its cases.
         dtype: Of the floating-point arguments, tables of biases apart, which are float32.
         target: One of :data:`TARGETS`.
-        backward: Whether to compile the gradients' kernels, too.
 
     Returns:
         A row for each kernel, in the order of the launches.
@@ -46,12 +44,11 @@ def compile_kernels(
         raise RuntimeError("TRITON_INTERPRET=1 interprets kernels, and they are to be compiled: unset it")
     example = dispatch.cases(op)[case]
     floating, tables = example.tensors(dtype)
-    inputs = [x.requires_grad_(backward) for x in floating.values()]
+    inputs = [x.requires_grad_() for x in floating.values()]
     with _compiling(target) as built:
         out = getattr(ops, op)(**floating, **tables, **example.options, backend="triton")
-        if backward:
-            outputs = out if isinstance(out, tuple) else (out,)
-            torch.autograd.grad([x.sum() for x in outputs], inputs)
+        outputs = out if isinstance(out, tuple) else (out,)
+        torch.autograd.grad([x.sum() for x in outputs], inputs)
     return [{
         "op": op, "case": case, "dtype": dtype_name(dtype), "target": target, "kernel": name.strip("_"),
         **_usage(kernel, target), "triton": version("triton"),
@@ -109,6 +106,6 @@ def _usage(kernel: Any, target: str) -> dict[str, int]:
     registers, stack, shared = int(numbers["REG"]), int(numbers["STACK"]), kernel.metadata.shared
     warps = kernel.metadata.num_warps
     of_registers = _REGISTERS // (-(-registers * 32 // 256) * 256 * warps)  # given out by 256 a warp
-    of_shared = TARGETS[target][0] * 1024 // (shared + 1024)  # each block takes a KiB for the system
+    of_shared = TARGETS[target] * 1024 // (shared + 1024)  # each block takes a KiB for the system
     return {"registers": registers, "spilled_bytes": stack, "shared_bytes": shared, "warps": warps,
             "blocks_per_sm": min(of_registers, of_shared, _THREADS // (32 * warps), _BLOCKS)}

@@ -46,7 +46,7 @@ class MultiTaskData(LoadedData):
             seed: int = 0,
     ):
         given = {"classification": classification, "detection": detection, "segmentation": segmentation}
-        self.parts: dict[str, LoadedData] = {task: part for task, part in given.items() if part is not None}
+        self.parts: dict[str, Any] = {task: part for task, part in given.items() if part is not None}
         if len(self.parts) < 2:
             raise ValueError(f"several tasks need data for two of {', '.join(given)} or more, got "
                              f"{'those of ' + next(iter(self.parts)) + ' alone' if self.parts else 'none'}")
@@ -72,7 +72,7 @@ class MultiTaskData(LoadedData):
     @property
     def num_classes(self) -> dict[str, int]:
         """Number of classes of each task."""
-        return {task: part.num_classes for task, part in self.parts.items()}  # type: ignore[attr-defined]
+        return {task: part.num_classes for task, part in self.parts.items()}
 
     @property
     def class_names(self) -> dict[str, list[str] | None]:
@@ -108,7 +108,7 @@ class MultiTaskData(LoadedData):
         raise ValueError("a prediction is one task's: take the run folder of one, such as RUN/detection, which their "
                          "test leaves")
 
-    def _joined(self) -> dict[str, LoadedData]:
+    def _joined(self) -> dict[str, Any]:
         """The parts, with the trainer that they are used by."""
         for part in self.parts.values():
             part.trainer = self.trainer

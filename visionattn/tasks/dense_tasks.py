@@ -119,14 +119,13 @@ class DenseTasks(SegmentationTask):
         """The losses of the other tasks, unweighted; 0 where no pixel counts."""
         ignored = self.args.ignore_index
         known, edges = labels != ignored, boundaries_of(labels, ignored)
-        targets = {"boundary": edges.float(), "distance": distances_of(edges)}
         losses = {}
         for name, x in others.items():
             guess = resize(x, labels.shape[-2:])[:, 0].float()
             if name == "boundary":
-                loss = binary_cross_entropy_with_logits(guess, targets[name], reduction="none")
+                loss = binary_cross_entropy_with_logits(guess, edges.float(), reduction="none")
             else:
-                loss = (guess - targets[name]).abs()
+                loss = (guess - distances_of(edges)).abs()
             losses[name] = (loss * known).sum() / known.sum().clamp(min=1)
         return losses
 

@@ -9,7 +9,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -221,7 +220,8 @@ class IncrementalTask(ClassificationTask):
         """Sets the learning rates: from the round's start to its end along half a cosine."""
         super().on_train_batch_start(batch, batch_idx)
         done = self.current_epoch % self._epochs + batch_idx / self.trainer.num_training_batches
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 + math.cos(math.pi * done / self._epochs)) / 2
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -351,9 +351,8 @@ class IncrementalTask(ClassificationTask):
             model.prototypes[label] = sums[label] / counts[label]
         if step:
             classes = torch.tensor(self._so_far(step), device=self.device)
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             with torch.enable_grad():
-                align(model.head, gaussians, classes, DRAWN * data.batch_size, self.args.alignment_epochs,
+                align(model.head, gaussians, classes, DRAWN * self.data.batch_size, self.args.alignment_epochs,
                       self.args.alignment_lr, torch.Generator().manual_seed(_seed(step)))
         model.done.fill_(step + 1)
 
@@ -368,15 +367,15 @@ class IncrementalTask(ClassificationTask):
         return right / total
 
     def _batches(self, split: str, classes: Sequence[int]) -> Any:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for images, labels in data.plain_dataloader(split, classes):
+        for images, labels in self.data.plain_dataloader(split, classes):
             yield images.to(self.device), labels.to(self.device)
 
     def _write_accuracies(self) -> None:
         """Writes ``incremental.csv`` and ``incremental.png`` into the run folder."""
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        if trainer.fast_dev_run:
             return
-        run, methods = Path(self.trainer.default_root_dir), list(self.accuracies)
+        run, methods = self.run_folder, list(self.accuracies)
         run.mkdir(parents=True, exist_ok=True)
         with (run / "incremental.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

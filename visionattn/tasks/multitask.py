@@ -297,7 +297,7 @@ class MultiTask(Task):
 
     def _check_normalisation(self) -> None:
         """Raises a ValueError if the data normalise a classifier's images in another way than the dense tasks do."""
-        theirs = getattr(self.trainer.datamodule.parts.get("classification"), "normalisation", None)  # type: ignore[attr-defined]
+        theirs = getattr(self.data.parts.get("classification"), "normalisation", None)
         dense = [module for module in self.modules() if isinstance(module, DenseBackbone)]
         if theirs is None or not dense:
             return

@@ -41,8 +41,7 @@ def forward(
         stride: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[batch, *spatial, heads, value_dim]`` and log-sum-exp ``[batch, *spatial, heads]`` (float32)."""
-    plan = _plan(
-        tuple(q.shape[1:-2]), tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal), _tile_size(q, v))
+    plan = _plan_of(q, v, kernel_size, dilation, stride, is_causal)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     _forward_kernel[(q.shape[0] * plan.cells * q.shape[-2],)](
@@ -56,8 +55,7 @@ def backward(
         needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and (empty unless ``needs_bias``) bias."""
-    plan = _plan(
-        tuple(q.shape[1:-2]), tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal), _tile_size(q, v))
+    plan = _plan_of(q, v, kernel_size, dilation, stride, is_causal)
     batch, heads = q.shape[0], q.shape[-2]
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
@@ -74,7 +72,7 @@ def backward(
         return grad_q, grad_k, grad_v, q.new_empty(0)
     # Offsets of keys from the tile's corner, minus the largest kernel reach: the same box for every tile.
     box = [tile + 2 * (kernel - 1) for tile, kernel in zip(plan.tile, plan.kernel_size, strict=True)]
-    block = min(32, block_size(q, v)) if max(q.shape[-1], v.shape[-1]) > 32 else block_size(q, v)
+    block = min(block_size(q, v), 64 if max(q.shape[-1], v.shape[-1]) <= 32 else 32)
     blocks = triton.cdiv(math.prod(box), block)
     units = batch * plan.cells
     splits = min(units, max(1, _BIAS_PROGRAMS // (heads * blocks)))
@@ -100,11 +98,6 @@ def pairs(q_shape: Sequence[int], *options: Sequence) -> int:
 _BIAS_PROGRAMS = 1024  # programs that share the gradient of the bias, a few waves of a large GPU
 
 
-def _tile_size(q: Tensor, v: Tensor) -> int:
-    """Queries (or keys) of a tile: as many as registers hold."""
-    return 32 if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 32 else 64
-
-
 class _Plan(NamedTuple):
     """How a problem of three axes is cut: see the module docstring."""
 
@@ -127,6 +120,15 @@ class _Plan(NamedTuple):
         """The kernels' arguments that describe the axes."""
         return dict(L=self.length, D=self.dilation, N=self.tiles, K=self.kernel_size, S=self.stride, C=self.is_causal,
                     T=self.tile)
+
+
+def _plan_of(
+        q: Tensor, v: Tensor, kernel_size: list[int], dilation: list[int], stride: list[int], is_causal: list[bool],
+) -> _Plan:
+    """The plan of these tensors: a tile has as many queries (or keys) as registers hold."""
+    queries = 32 if q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 32 else 64
+    options = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
+    return _plan(tuple(q.shape[1:-2]), *options, queries)
 
 
 @functools.lru_cache(maxsize=1024)
