@@ -22,11 +22,11 @@ from torchvision.transforms.v2.functional import pad, pil_to_tensor
 from torchvision.utils import make_grid
 
 from . import cli
+from .analysis import draw_routes
 from .data import DigitsData
 from .data.digits import MEAN, STD
 from .tasks.rebuild import create_model
 from .tasks.summary import write_readme
-from .visualize import draw_routes
 
 __all__ = ["main"]
 

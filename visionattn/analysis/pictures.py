@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from .layers import BiLevelRoutingAttention, ReversedAttention, attention_maps
+from ..layers import BiLevelRoutingAttention, ReversedAttention, attention_maps
 
 __all__ = ["Routes", "Trees", "draw_routes", "draw_trees", "find_routes", "find_trees"]
 

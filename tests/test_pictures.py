@@ -3,8 +3,8 @@ import pytest
 import timm
 import torch
 
+from visionattn.analysis import draw_routes, draw_trees, find_routes, find_trees
 from visionattn.layers import BiLevelRoutingAttention, attention_maps
-from visionattn.visualize import draw_routes, draw_trees, find_routes, find_trees
 
 
 @pytest.mark.parametrize(("name", "options"), [
