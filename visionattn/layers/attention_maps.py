@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.recording import Recorder, current_recorder
 from ..ops.sdpa import probabilities
 
-__all__ = ["attention_maps"]
+__all__ = ["attention_maps", "is_compiled"]
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
 _PASSED_THROUGH = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as}  # between a softmax and the values
@@ -62,8 +62,7 @@ def attention_maps(model: nn.Module, last: bool = False) -> Iterator[list[Tensor
             seen.
     """
     name = type(model).__name__
-    if any(isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
-           or getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+    if is_compiled(model):
         raise ValueError(
             f"{name} is compiled: nobody sees the attention in its graph; take the model as it was before")
     maps: list[Tensor] = []
@@ -75,6 +74,12 @@ def attention_maps(model: nn.Module, last: bool = False) -> Iterator[list[Tensor
         raise ValueError(
             f"{name} gives no attention maps: it ran neither scaled_dot_product_attention, nor a softmax that is "
             "multiplied by values, nor attention of visionattn")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model or a part of it is compiled or scripted, so that nobody sees what happens in it."""
+    return any(isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
+               or getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
 
 
 class _Watch(TorchFunctionMode):

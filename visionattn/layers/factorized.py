@@ -107,6 +107,8 @@ class FactorizedAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.first = dim // 8
+        # Channels of each head in the input of the projection.
+        self.head_widths = [self.first] + [7 * dim // parts // num_heads] * (len(dilations) * num_heads)
         self.q = nn.Linear(dim, dim, **dd)
         self.sr = nn.Conv2d(self.first, self.first, sr_ratio, stride=sr_ratio, **dd)
         self.norm = nn.LayerNorm(self.first, **dd)

@@ -52,6 +52,7 @@ class StripeAttention(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.stripe_width = stripe_width
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
