@@ -1,7 +1,8 @@
 """The heads of attention of any model: found by the structure of its layers, and masked one by one."""
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,25 +12,34 @@ from ..layers.conv_norm import PointwiseConv
 
 __all__ = ["Heads", "find_heads", "masked_heads"]
 
-_ELSEWHERE = {"timm.models.nest"}  # modules whose heads lie in the projection's input in another way, channel by channel
+_ELSEWHERE = {"timm.models.nest"}  # in whose projection's input the first channels of all heads come first
 
 
-class Heads(NamedTuple):
-    """The heads of one attention layer."""
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention layer.
 
-    name: str  # of the layer within the model
+    Attributes:
+        name: Of the layer within the model.
+        layer: The layer.
+        count: Number of heads.
+        projection: A child of the layer whose input channels are the outputs of the heads, head after head.
+        widths: How many of these channels each head has.
+    """
+
+    name: str
     layer: nn.Module
     count: int
-    projection: nn.Module  # whose input channels are the outputs of the heads, head after head
-    widths: tuple[int, ...]  # how many channels each head has there
+    projection: nn.Module
+    widths: tuple[int, ...]
 
 
 def find_heads(model: nn.Module) -> list[Heads]:
     """The attention layers of a model that have heads, timm's or ours, in the order in which they stand and run.
 
     Such a layer has ``num_heads`` (or ``heads``) and a child ``proj``: a linear layer, or a 1x1 convolution of maps
-    ``[batch, channels, height, width]``, alone or with norms and activations around it, of the outputs of the heads side
-    by side. Heads are equally wide unless the layer has ``head_widths``.
+    ``[batch, channels, height, width]``, alone or with norms and activations around it, of the outputs of the heads
+    side by side. Heads are equally wide unless the layer has ``head_widths``.
 
     Left out are gates of channels without a projection, and layers of experts (UoE, ModularViT), whose heads have
     projections of their own that only the tokens that chose them go through.
@@ -44,8 +54,8 @@ def find_heads(model: nn.Module) -> list[Heads]:
         ValueError: The model has no such layer, or is compiled or scripted, so that it cannot be looked into.
     """
     if is_compiled(model):
-        raise ValueError(f"{type(model).__name__} is compiled: nobody can look into its layers; take the model as it was "
-                         "before")
+        raise ValueError(
+            f"{type(model).__name__} is compiled: nobody can look into its layers; take the model as it was before")
     found: list[Heads] = []
     _collect(model, "", found, set())
     if not found:
@@ -127,9 +137,11 @@ def _collect(module: nn.Module, name: str, found: list[Heads], seen: set[nn.Modu
     for key, child in module.named_children():
         _collect(child, f"{name}.{key}" if name else key, found, seen)
     projection = module._modules.get("proj")
-    inner = None if projection is None else input_layer(projection)
-    count = next((x for x in (getattr(module, key, None) for key in ("num_heads", "heads")) if isinstance(x, int)), None)
-    if inner is None or count is None or type(module).__module__ in _ELSEWHERE:
+    count = getattr(module, "num_heads", getattr(module, "heads", None))
+    if projection is None or not isinstance(count, int) or type(module).__module__ in _ELSEWHERE:
+        return
+    inner = input_layer(projection)
+    if inner is None:
         return
     channels = inner.weight.shape[0] if isinstance(inner, PointwiseConv) else inner.weight.shape[1]
     widths = getattr(module, "head_widths", None)
