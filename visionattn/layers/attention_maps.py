@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.recording import Recorder, current_recorder
 from ..ops.sdpa import probabilities
 
-__all__ = ["attention_maps", "is_compiled"]
+__all__ = ["attention_maps", "is_compiled", "offering_attention"]
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
 _PASSED_THROUGH = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as}  # between a softmax and the values
@@ -61,19 +61,30 @@ def attention_maps(model: nn.Module, last: bool = False) -> Iterator[list[Tensor
         ValueError: The model gives no maps: it is compiled or scripted, or its forward pass runs no attention that is
             seen.
     """
-    name = type(model).__name__
-    if is_compiled(model):
-        raise ValueError(
-            f"{name} is compiled: nobody sees the attention in its graph; take the model as it was before")
     maps: list[Tensor] = []
     recorder = Recorder(last)
-    with recorder.recording(), _Watch(recorder):
+    with offering_attention(model, recorder):
         yield maps
     maps += recorder.take()
     if not maps:
         raise ValueError(
-            f"{name} gives no attention maps: it ran neither scaled_dot_product_attention, nor a softmax that is "
-            "multiplied by values, nor attention of visionattn")
+            f"{type(model).__name__} gives no attention maps: it ran neither scaled_dot_product_attention, nor a "
+            "softmax that is multiplied by values, nor attention of visionattn")
+
+
+@contextmanager
+def offering_attention(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Within the context, all attention that this thread runs is offered to ``recorder``, and to no other.
+
+    Raises:
+        ValueError: The model is compiled or scripted.
+    """
+    if is_compiled(model):
+        raise ValueError(
+            f"{type(model).__name__} is compiled: nobody sees the attention in its graph; take the model as it was "
+            "before")
+    with recorder.recording(), _Watch(recorder):
+        yield
 
 
 def is_compiled(model: nn.Module) -> bool:
