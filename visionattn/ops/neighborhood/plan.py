@@ -15,7 +15,7 @@ __all__ = [
     "Axis", "Chunk", "Move", "Plan", "columns_of", "kind_moves", "plans", "slab_moves", "tile_moves",
 ]
 
-_CHUNK_BYTES = 2 << 20  # scores of one chunk, unless all are not twice as many (measured)
+_CHUNK_BYTES = 2 << 20  # scores of one chunk (measured)
 
 Chunk = tuple[tuple[int, int], ...]  # (first, last) on each of the axes of Plan.shape
 
@@ -135,19 +135,19 @@ class Plan:
         column = y.tiles * self.queries * self.keys * dtype.itemsize
         columns = math.prod(self.shape)
         self.pairs = columns * y.tiles * self.queries * self.keys  # of a query and a key, in all tiles
-        limit = columns if columns * column <= 2 * _CHUNK_BYTES else max(_CHUNK_BYTES // column, 1)
+        limit = columns if columns * column <= _CHUNK_BYTES else max(_CHUNK_BYTES // column, 1)
         self.chunks = list(self._chunks(limit))
         # Where the parts of the workspace are, in elements: of the forward pass, then what the backward adds.
         tiles, dim = min(limit, columns) * y.tiles, max(head_dim, value_dim)
         sizes = {
             "q": tiles * self.queries * dim, "out": 0, "scores": tiles * self.queries * self.keys,
-            "k": self._slab_size(tiles, head_dim), "v": self._slab_size(tiles, value_dim),
+            "keys": self._slab_size(tiles, dim),
             "dout": tiles * self.queries * value_dim, "dscores": tiles * self.queries * self.keys,
-            "windows": tiles * self.keys * dim, "dslab": self._slab_size(tiles, dim)}
+            "dslab": self._slab_size(tiles, dim), "rest": tiles * (y.halo % y.step) * x.halo * dim}
         ends = list(itertools.accumulate(-(-size // 16) * 16 for size in sizes.values()))  # lines of the cache
         self.offsets = dict(zip(sizes, [0, *ends], strict=False))
         self.offsets["out"] = self.offsets["q"]  # queries are not needed once there are scores
-        self.sizes = {False: ends[4], True: ends[-1]}
+        self.sizes = {False: ends[3], True: ends[-1]}
 
     def _slab_size(self, tiles: int, dim: int) -> int:
         return (tiles * self.y.step + self.y.kernel) * self.x.halo * dim
@@ -159,6 +159,7 @@ class Plan:
             inner *= self.shape[axis]
             axis -= 1
         step = max(limit // inner, 1)
+        step = -(-self.shape[axis] // -(-self.shape[axis] // step))  # pieces as equal as can be
         for outer in itertools.product(*map(range, self.shape[:axis])):
             for first in range(0, self.shape[axis], step):
                 yield (

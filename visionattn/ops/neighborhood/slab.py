@@ -79,10 +79,10 @@ def _slab_forward(
     for plan, parts in zip(pieces, _parts_of(kept, pieces), strict=True):
         work, table = Work(plan, backward=False), table_of(plan, bias)
         for chunk, part in zip(plan.chunks, parts, strict=True):
-            queries, keys = work.load_tiles("q", chunk, q), work.load_keys("k", chunk, k)
+            queries, keys = work.load_tiles("q", chunk, q), work.load_keys(chunk, k)
             p = work.probabilities(
                 chunk, queries, keys, table, scale, work.scores("scores", chunk) if part is None else part)
-            values = work.load_keys("v", chunk, v)
+            values = work.load_keys(chunk, v)
             work.store_tiles(chunk, torch.bmm(p, values, out=work.tiles("out", chunk, plan.value_dim)), out)
     for index in _not_finite(out):
         rpb = None if bias is None else bias[index[3]]
@@ -126,17 +126,18 @@ def _run_backward(
     work = Work(plan, backward=True)
     dtable = None if table is None or not bias_grad else torch.zeros_like(table)
     for chunk, p in zip(plan.chunks, parts, strict=True):
-        queries, keys = work.load_tiles("q", chunk, q), work.load_keys("k", chunk, k)
         if p is None:
+            queries, keys = work.load_tiles("q", chunk, q), work.load_keys(chunk, k)
             p = work.probabilities(chunk, queries, keys, table, scale, work.scores("scores", chunk))
-        dout, values = work.load_tiles("dout", chunk, grad), work.load_keys("v", chunk, v)
-        work.add_keys(chunk, torch.bmm(p.mT, dout, out=work.windows(chunk, plan.value_dim)), dv)
+        dout, values = work.load_tiles("dout", chunk, grad), work.load_keys(chunk, v)
+        work.add_keys(chunk, p, dout, 1., dv)
         ds = torch.bmm(dout, values.mT, out=work.scores("dscores", chunk))
         torch._softmax_backward_data(ds, p, -1, plan.dtype, grad_input=ds)
         if dtable is not None:
             work.add_scores("dscores", chunk, dtable)
-        dkeys = work.windows(chunk, plan.head_dim).baddbmm_(ds.mT, queries, beta=0, alpha=scale)
-        work.add_keys(chunk, dkeys, dk)
+        # Keys take the place of values: the less memory a chunk has, the more of it stays in the cache.
+        queries, keys = work.load_tiles("q", chunk, q), work.load_keys(chunk, k)
+        work.add_keys(chunk, ds, queries, scale, dk)
         work.store_tiles(chunk, queries.baddbmm_(ds, keys, beta=0, alpha=scale), dq)
     if dtable is not None:
         add_to_bias(plan, dtable, dbias)

@@ -36,17 +36,12 @@ class Work:
         """Room for the scores of every tile, ``[tiles, queries, keys]``."""
         return self.tiles(part, chunk, self.plan.keys)
 
-    def windows(self, chunk: Chunk, dim: int) -> Tensor:
-        """Room for the gradients of all keys of every tile, ``[tiles, keys, dim]``."""
-        shape = (columns_of(chunk) * self.plan.y.tiles, self.plan.keys, dim)
-        return self.memory.as_strided(shape, (shape[1] * dim, dim, 1), self.plan.offsets["windows"])
-
-    def key_windows(self, part: str, chunk: Chunk, dim: int) -> Tensor:
+    def key_windows(self, chunk: Chunk, dim: int) -> Tensor:
         """The keys of every tile, a view with overlaps ``[tiles, keys, dim]``."""
         y, x = self.plan.y, self.plan.x
         return self.memory.as_strided(
             (columns_of(chunk) * y.tiles, self.plan.keys, dim), (y.step * x.halo * dim, dim, 1),
-            self.plan.offsets[part])
+            self.plan.offsets["keys"])
 
     def load_tiles(self, part: str, chunk: Chunk, tensor: Tensor) -> Tensor:
         """Copies a map's tokens to their tiles."""
@@ -62,12 +57,12 @@ class Work:
         for move in tile_moves(self.plan, chunk, tensor.stride(), tensor.shape[-1]):
             box(tensor, move).copy_(place(tiles, move))
 
-    def load_keys(self, part: str, chunk: Chunk, tensor: Tensor) -> Tensor:
-        """Copies a map's tokens to slabs; returns the keys of every tile (:meth:`key_windows`)."""
+    def load_keys(self, chunk: Chunk, tensor: Tensor) -> Tensor:
+        """Copies a map's tokens to slabs; returns the keys of every tile, there until others are loaded."""
         y, x, dim = self.plan.y, self.plan.x, tensor.shape[-1]
         # What is masked must be finite: rows around the slabs and after the end of the map.
         row, rows = x.halo * dim, y.tiles * y.tile
-        count, first = columns_of(chunk), self.plan.offsets[part]
+        count, first = columns_of(chunk), self.plan.offsets["keys"]
         if y.overlaps:
             self.memory[first:first + y.guard * row].zero_()
             self.memory[first + (y.guard + count * rows) * row:][:(y.kernel - y.guard) * row].zero_()
@@ -75,26 +70,32 @@ class Work:
                 self.memory.as_strided(
                     (count, y.padding * row), (rows * row, 1), first + (y.guard + y.length) * row).zero_()
         for move in slab_moves(self.plan, chunk, tensor.stride(), dim, disjoint=False):
-            self._place(part, move).copy_(box(tensor, move))
-        return self.key_windows(part, chunk, dim)
+            self._place("keys", move).copy_(box(tensor, move))
+        return self.key_windows(chunk, dim)
 
-    def add_keys(self, chunk: Chunk, windows: Tensor, tensor: Tensor) -> None:
-        """Adds the gradients of all tiles' keys to the map: overlapping windows to slabs, then halos to columns.
+    def add_keys(self, chunk: Chunk, weights: Tensor, rows: Tensor, scale: float, tensor: Tensor) -> None:
+        """Adds the gradients of all tiles' keys, ``scale * weights^T rows``, to the map.
 
-        Where a class is a tile, every key has one gradient: it is copied.
+        Overlapping windows are added up in slabs, then halos in the map. Where a class is a tile, every key has one
+        gradient: it is copied.
         """
         y, x, dim = self.plan.y, self.plan.x, tensor.shape[-1]
-        part = "dslab" if y.overlaps else "windows"
+        row, count, first = x.halo * dim, len(weights), self.plan.offsets["dslab"]
         if y.overlaps:
-            row, count, first = x.halo * dim, windows.shape[0], self.plan.offsets["dslab"]
-            windows = windows.view(count, y.halo, row)
             self.memory[first + count * y.tile * row:][:y.kernel * row].zero_()
-            for shift in range(0, y.halo, y.tile):
-                block = windows[:, shift:shift + y.tile]
-                target = self.memory.as_strided(block.shape, (y.tile * row, row, 1), first + shift * row)
-                target.add_(block) if shift else target.copy_(block)
+        # As many rows as there are from tile to tile do not overlap: a product adds them to the slab itself.
+        for shift in range(0, y.halo, y.step):
+            part = weights[..., shift * x.halo:(shift + y.step) * x.halo].mT
+            shape, place = (count, part.shape[1], dim), first + shift * row
+            if part.shape[1] == y.step * x.halo:
+                target = self.memory.as_strided(shape, (y.step * row, dim, 1), place)
+                target.baddbmm_(part, rows, beta=int(shift > 0), alpha=scale)
+            else:  # PyTorch multiplies one by one into what is not contiguous
+                rest = self.memory.as_strided(shape, (shape[1] * dim, dim, 1), self.plan.offsets["rest"])
+                rest.baddbmm_(part, rows, beta=0, alpha=scale)
+                self.memory.as_strided(shape, (y.step * row, dim, 1), place).add_(rest)
         for move in slab_moves(self.plan, chunk, tensor.stride(), dim, disjoint=True):
-            target, source = box(tensor, move), self._place(part, move)
+            target, source = box(tensor, move), self._place("dslab", move)
             target.copy_(source) if self.plan.is_whole else target.add_(source)
 
     def add_scores(self, part: str, chunk: Chunk, table: Tensor) -> None:
