@@ -4,19 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..dense import backbone_of
+from ..sealed_file import read_sealed, write_sealed
 from ._adapter import Adapter, active_label, adapters_of, backbone_state, head_state, remove, switch
 from ._registry import adapter_class
 
 __all__ = ["info", "load", "save"]
 
 FORMAT, VERSION = "visionattn adapter", "1"
-KEYS = ("adapter", "options", "backbone", "shapes", "weights", "num_classes", "digest")
+KEYS = ("adapter", "options", "backbone", "shapes", "weights", "num_classes")
 
 
 def save(model: Any, path: str | Path) -> int:
@@ -39,20 +38,13 @@ def save(model: Any, path: str | Path) -> int:
     tensors = {f"adapter.{key}": x for key, x in adapter.tensors().items()}
     if not adapter.owns_head:
         tensors |= {f"head.{key}": x for key, x in head_state(model).items()}
-    tensors = {key: x.detach().cpu().contiguous().clone() for key, x in tensors.items()}
     shapes, weights = _digests(backbone_state(model))
     facts = {
         "format": FORMAT, "version": VERSION, "adapter": type(adapter).__module__.rpartition(".")[2],
         "options": json.dumps(adapter.options), "backbone": _name(model), "shapes": shapes, "weights": weights,
         "num_classes": str(getattr(model, "num_classes", 0)),
     }
-    facts["digest"] = _digest(facts, tensors)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part")
-    safetensors.torch.save_file(tensors, unfinished, metadata=facts)
-    unfinished.replace(path)
-    return path.stat().st_size
+    return write_sealed(path, facts, tensors)
 
 
 def info(path: str | Path) -> dict[str, Any]:
@@ -121,30 +113,7 @@ def load(model: Any, path: str | Path, label: str | None = None) -> Adapter:
 
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What a file says of its adapter, and its tensors."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"adapter file {path} does not exist")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise ValueError(f"adapter file {path} is damaged or not an adapter file ({type(error).__name__})") from None
-    if facts.get("format") != FORMAT:
-        raise ValueError(f"{path} is not an adapter file of visionattn")
-    if facts.get("version") != VERSION or not set(KEYS) <= set(facts):
-        raise ValueError(f"{path} is an adapter file of another version of visionattn")
-    if facts["digest"] != _digest(facts, tensors):
-        raise ValueError(f"adapter file {path} is damaged: its content does not match its digest")
-    return facts, tensors
-
-
-def _digest(facts: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """Of all that a file says and holds."""
-    digest = hashlib.sha256(json.dumps({key: facts[key] for key in sorted(facts) if key != "digest"}).encode())
-    for key in sorted(tensors):
-        digest.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
-        digest.update(_bytes(tensors[key]))
-    return digest.hexdigest()
+    return read_sealed(path, "an adapter file", FORMAT, VERSION, KEYS)
 
 
 def _digests(state: dict[str, Tensor]) -> tuple[str, str]:

@@ -4,8 +4,10 @@ from .heads import Heads, find_heads, masked_heads
 from .pages import png_address, write_page
 from .pictures import Routes, Trees, draw_routes, draw_trees, find_routes, find_trees
 from .places import Places, token_places
+from .prune import inseparable_heads, least_important, load_pruned, prune_heads, pruned_heads, save_pruned
 
 __all__ = [
-    "Heads", "LayerAttention", "Places", "Routes", "Trees", "draw_routes", "draw_trees", "find_heads", "find_routes",
-    "find_trees", "masked_heads", "png_address", "recorded_by_layer", "token_places", "write_page",
+    "Heads", "LayerAttention", "Places", "Routes", "Trees", "draw_routes", "draw_trees", "find_heads",
+    "find_routes", "find_trees", "inseparable_heads", "least_important", "load_pruned", "masked_heads",
+    "png_address", "prune_heads", "pruned_heads", "recorded_by_layer", "save_pruned", "token_places", "write_page",
 ]

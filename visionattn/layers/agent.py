@@ -93,6 +93,8 @@ class AgentAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``.
     """
 
+    by_head = ("qkv", "dwc", "agent_bias", "query_bias")  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,
@@ -128,7 +130,7 @@ class AgentAttention(nn.Module):
         """
         height, width = (x.shape[1], x.shape[2]) if size is None else size
         qkv = self.qkv(x.flatten(1, -2))
-        v = qkv[:, self.num_prefix_tokens:, 2 * x.shape[-1]:].unflatten(1, [height, width])
+        v = qkv[:, self.num_prefix_tokens:, qkv.shape[-1] // 3 * 2:].unflatten(1, [height, width])
         local = self.dwc(v.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
         return self.proj_drop(self.proj(self._attend(qkv, local, height, width))).reshape(x.shape)
 

@@ -160,6 +160,11 @@ def _between(old: Any, new: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 class _Attention(nn.Module):
     """What both kinds of attention have: unit vectors, their scale, the position bias, gates of heads, the output."""
 
+    by_head = (  # see visionattn.analysis.prune_heads
+        "temperature", "query_embedding", "position_bias.out", "local_bias", "learnable_tokens", "learnable_bias", "q",
+        "kv", "qkv",
+    )
+
     def __init__(
             self, dim: int, num_heads: int, trained_size: int | Grid, bias_size: int | None, gate: nn.Module | None,
             dd: dict[str, Any],
@@ -174,6 +179,7 @@ class _Attention(nn.Module):
         self.position_bias = PositionBias(num_heads, trained_size, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.gate = gate
+        self.inseparable = "" if gate is None else "its gates weigh the heads against each other"
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:

@@ -43,6 +43,8 @@ class BiLevelRoutingAttention(nn.Module):
         lepe_kernel: Kernel size of the depthwise convolution; odd.
     """
 
+    inseparable = "its routes follow the queries and keys of all heads"  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,
@@ -108,6 +110,8 @@ class FullAttention(nn.Module):
         qkv_bias: Whether the projections of queries, keys and values have biases.
     """
 
+    by_head = ("qkv", "lepe")  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,
@@ -126,14 +130,15 @@ class FullAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.lepe_of = lepe_of
+        self.inseparable = "it adds a convolution of all channels of the input" if lepe_of == "input" else ""
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, height, width, dim]`` to the same."""
-        batch, height, width, dim = x.shape
         qkv = self.qkv(x)
+        batch, height, width, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
         lepe = self.lepe((qkv[..., 2 * dim:] if self.lepe_of == "value" else x).permute(0, 3, 1, 2))
         q, k, v = qkv.reshape(
             batch, height * width, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)

@@ -47,6 +47,8 @@ class CascadedGroupAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``, or there are too few kernels.
     """
 
+    inseparable = "each head works on the output of the one before"  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

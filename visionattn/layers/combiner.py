@@ -32,7 +32,7 @@ class RowKeys(nn.Module):
     def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
+        self.key_heads = num_heads
         self.proj = nn.Linear(dim, dim, **dd)
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.key = nn.Linear(dim, dim, **dd)
@@ -40,7 +40,7 @@ class RowKeys(nn.Module):
     def forward(self, x: Tensor, averages: Tensor) -> Tensor:
         """Keys ``[B, rows, columns, heads, dim / heads]`` of tokens ``[B, rows, columns, dim]``, averages like keys."""
         x = x + self.proj(averages.to(x.dtype).flatten(-2))
-        return self.key(self.norm(x)).unflatten(-1, (self.num_heads, -1))
+        return self.key(self.norm(x)).unflatten(-1, (self.key_heads, -1))
 
 
 @register_notrace_module
@@ -71,6 +71,8 @@ class CombinerAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``, or an option is out of range; in the forward pass, the number
             of tokens is a symbol of an exported graph and the window or segment is to follow from it.
     """
+
+    by_head = ("qkv",)  # see visionattn.analysis.prune_heads
 
     def __init__(
             self,
@@ -105,6 +107,7 @@ class CombinerAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         projected = pattern == "axial" and row_summary.endswith("proj")
         self.row_keys = RowKeys(dim, num_heads, **dd) if projected else None
+        self.inseparable = "the keys of its rows are projected from all heads" if projected else ""
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 

@@ -86,6 +86,8 @@ class FactorizedAttention(nn.Module):
         ValueError: The groups or their heads do not divide ``dim``.
     """
 
+    inseparable = "its heads share the projections of their keys and values"  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

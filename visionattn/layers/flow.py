@@ -29,6 +29,8 @@ class FlowAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``.
     """
 
+    by_head = ("qkv",)  # see visionattn.analysis.prune_heads
+
     def __init__(self, dim: int, num_heads: int, proj_drop: float = 0., device=None, dtype=None):
         super().__init__()
         if dim % num_heads:
@@ -41,7 +43,7 @@ class FlowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
-        return self.proj_drop(self.proj(self._attend(self.qkv(x).flatten(1, 2)).reshape(x.shape)))
+        return self.proj_drop(self.proj(self._attend(self.qkv(x).flatten(1, 2)))).reshape(x.shape)
 
     @torch.jit.ignore
     def extra_repr(self) -> str:

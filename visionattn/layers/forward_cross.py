@@ -39,6 +39,8 @@ class ForwardCrossAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``; in a call: ``crossed`` is missing or there are no sources.
     """
 
+    by_head = ("qkv", "rpb", "cross_bias")  # see visionattn.analysis.prune_heads
+
     def __init__(self, dim: int, num_heads: int, size: Grid, sources: int, device=None, dtype=None):
         super().__init__()
         if dim % num_heads:
@@ -84,7 +86,7 @@ class ForwardCrossAttention(nn.Module):
 
         ``crossed`` are the tokens of all sources, the oldest first, ``ceil(height / 4) * ceil(width / 4)`` of each.
         """
-        batch, height, width, dim = x.shape
+        batch, height, width = x.shape[0], x.shape[1], x.shape[2]
         tokens = x.flatten(1, 2)
         count = tokens.shape[1]
         if (crossed is None) != (self.sources == 0):
@@ -92,7 +94,9 @@ class ForwardCrossAttention(nn.Module):
         if crossed is not None:
             handed = self.cross_norm(crossed * self._scale(height, width).to(crossed.dtype))
             tokens = torch.cat([tokens, handed], dim=1)
-        qkv = self.qkv(tokens).unflatten(2, [3, self.num_heads, dim // self.num_heads]).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(tokens)
+        dim = qkv.shape[2] // 3
+        qkv = qkv.unflatten(2, [3, self.num_heads, dim // self.num_heads]).permute(2, 0, 3, 1, 4)
         q = qkv[0][:, :, :count]
         out = attend(q, qkv[1], qkv[2], self._bias(height, width).to(q.dtype))
         return self.proj(out.transpose(1, 2).reshape(batch, height, width, dim))

@@ -36,6 +36,8 @@ class SelfAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``.
     """
 
+    by_head: tuple[str, ...] = ("qkv",)  # see visionattn.analysis.prune_heads
+
     def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
         super().__init__()
         if dim % num_heads:
@@ -47,8 +49,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, height, width, dim]`` to the same."""
-        B, H, W, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x)
+        B, H, W, C = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+        q, k, v = qkv.reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(self.mix(q, k, v, H, W).transpose(1, 2).reshape(B, H, W, C))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:

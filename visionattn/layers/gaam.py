@@ -103,6 +103,8 @@ class GaussianAdaptiveAttention(nn.Module):
         ValueError: An option is out of range; in the forward pass, there are fewer than two tokens.
     """
 
+    by_head = ("value", "offsets", "c")  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

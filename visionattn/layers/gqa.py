@@ -60,6 +60,7 @@ class GroupedQueryAttention(nn.Module):
         ValueError: The heads do not divide each other, or there is no such allocation.
     """
 
+    by_head = ("qkv", "owner")  # see visionattn.analysis.prune_heads
     owner: Tensor
     cache: Tensor
     steps: Tensor
@@ -92,6 +93,8 @@ class GroupedQueryAttention(nn.Module):
         self.allocation = allocation
         self.window_size = window_size
         self.live_eval = live_eval
+        plain = kv_heads == num_heads and allocation == "static"
+        self.inseparable = "" if plain else "its heads share keys and values"
         self.generator: Any = None  # of the noise of PGQA, on the device of the input
         head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, (num_heads + 2 * kv_heads) * head_dim, bias=qkv_bias, **dd)

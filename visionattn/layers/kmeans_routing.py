@@ -71,6 +71,7 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``, or an option is out of range.
     """
 
+    by_head = ("qkv", "lepe", "centroids", "cluster_sizes")  # see visionattn.analysis.prune_heads
     centroids: Tensor
     cluster_sizes: Tensor
 

@@ -53,6 +53,8 @@ class LocalGlobalAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``, or an option is out of range.
     """
 
+    inseparable = "what it found in windows is added to its heads"  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

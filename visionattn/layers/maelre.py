@@ -41,6 +41,8 @@ class LongRangeAttention(nn.Module):
             tokens is a symbol of an exported graph, which cannot choose a mode.
     """
 
+    by_head = ("qkv",)  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

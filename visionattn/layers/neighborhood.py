@@ -39,6 +39,8 @@ class NeighborhoodAttention2d(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``, or the kernel size or the dilation is out of range.
     """
 
+    by_head = ("qkv", "rpb")  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,
@@ -78,10 +80,11 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[batch, height, width, dim]``."""
-        B, H, W, C = x.shape
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
         x = _pad_to(_wrap(x, self.margin), self.kernel_size * self.dilation)
-        qkv = self.qkv(x).reshape(B, x.shape[1], x.shape[2], 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.unbind(3)
+        qkv = self.qkv(x)
+        C = qkv.shape[3] // 3
+        q, k, v = qkv.reshape(B, x.shape[1], x.shape[2], 3, self.num_heads, C // self.num_heads).unbind(3)
         x = _attend(q, k, v, self.kernel_size, self.dilation, self.rpb)
         return self.proj_drop(self.proj(x[:, :H, self.margin:self.margin + W].reshape(B, H, W, C)))
 

@@ -65,6 +65,8 @@ class ReversedAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``, or ``temperature`` is not positive.
     """
 
+    inseparable = "its selector splits a message among all heads"  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

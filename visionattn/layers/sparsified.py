@@ -116,6 +116,8 @@ class SparsifiedAttention(AuxiliaryLosses, nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``, or an option is out of range.
     """
 
+    by_head = ("qkv",)  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

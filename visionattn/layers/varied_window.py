@@ -61,6 +61,8 @@ class VariedSizeWindowAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim_out``, or there are no such rules.
     """
 
+    by_head = ("qkv", "predictor", "rpb")  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

@@ -35,6 +35,8 @@ class WindowAttention(nn.Module):
         dtype: Dtype of the parameters.
     """
 
+    by_head = ("qkv", "rpb")  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,

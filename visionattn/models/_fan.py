@@ -144,6 +144,8 @@ class ChannelProcessing(nn.Module):
 class ClassAttention(nn.Module):
     """Attention of the class token, the first of ``[B, N, dim]``, to all tokens."""
 
+    by_head = ("q", "k", "v")  # see visionattn.analysis.prune_heads
+
     def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -155,9 +157,10 @@ class ClassAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the class token's alone, ``[B, 1, dim]``."""
-        B, N, C = x.shape
+        q = self.q(x[:, :1])
+        B, N, C = x.shape[0], x.shape[1], q.shape[2]
         heads = self.num_heads, C // self.num_heads
-        q = self.q(x[:, :1]).reshape(B, 1, *heads).transpose(1, 2)
+        q = q.reshape(B, 1, *heads).transpose(1, 2)
         k = self.k(x).reshape(B, N, *heads).transpose(1, 2)
         v = self.v(x).reshape(B, N, *heads).transpose(1, 2)
         return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, 1, C))

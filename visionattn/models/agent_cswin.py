@@ -41,6 +41,8 @@ class StripeAttention(nn.Module):
         dtype: Dtype of the parameters.
     """
 
+    by_head = ("qkv", "dwc")  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,
@@ -55,6 +57,7 @@ class StripeAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.stripe_width = stripe_width
+        self.inseparable = "" if stripe_width is None else "half of its heads must be of vertical stripes"
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)

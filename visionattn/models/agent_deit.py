@@ -26,10 +26,13 @@ __all__ = ["AgentDeiT"]
 class FullAttention(Attention):
     """timm's, with second derivatives and forward-mode ones, which PyTorch's fused operator alone has not."""
 
+    by_head = ("qkv",)  # see visionattn.analysis.prune_heads
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Tokens ``[B, N, dim]`` to the same."""
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x)
+        B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj_drop(self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, C)))
 
 

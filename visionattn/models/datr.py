@@ -42,6 +42,8 @@ class SpatialReductionAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``.
     """
 
+    by_head = ("q", "kv")  # see visionattn.analysis.prune_heads
+
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, proj_drop: float = 0., device=None, dtype=None):
         super().__init__()
         if dim % num_heads:
@@ -58,7 +60,8 @@ class SpatialReductionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
-        B, H, W, C = x.shape
+        B, H, W = x.shape[0], x.shape[1], x.shape[2]
+        C = self.num_heads * self.head_dim
         q = self.q(x).reshape(B, H * W, self.num_heads, self.head_dim).transpose(1, 2)
         patches = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).flatten(1, 2)
         k, v = self.kv(patches).unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)

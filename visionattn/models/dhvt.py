@@ -91,6 +91,8 @@ class HeadInteractionAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``.
     """
 
+    inseparable = "its heads are tokens too, which all heads see"  # see visionattn.analysis.prune_heads
+
     def __init__(self, dim: int, num_heads: int, proj_drop: float = 0., device=None, dtype=None):
         super().__init__()
         if dim % num_heads:

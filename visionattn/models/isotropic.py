@@ -38,6 +38,8 @@ class RelativePositionAttention(nn.Module):
         dtype: Dtype of the parameters.
     """
 
+    by_head = ("qkv", "rpb")  # see visionattn.analysis.prune_heads
+
     def __init__(
             self,
             dim: int,
@@ -62,8 +64,9 @@ class RelativePositionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
-        B, H, W, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x)
+        B, H, W, C = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+        q, k, v = qkv.reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = _pairwise_bias(self.rpb, H, W).to(q.dtype)
         x = attend(q, k, v, bias)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))

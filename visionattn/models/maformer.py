@@ -35,6 +35,8 @@ class SelfAttention(nn.Module):
         dtype: Dtype of the parameters.
     """
 
+    by_head = ("qkv",)  # see visionattn.analysis.prune_heads
+
     def __init__(self, dim: int, num_heads: int, proj_drop: float = 0., device=None, dtype=None):
         super().__init__()
         if dim % num_heads:
@@ -47,8 +49,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a map of the same shape."""
-        batch, height, width, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, dim // self.num_heads)
+        qkv = self.qkv(x)
+        batch, height, width, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+        qkv = qkv.reshape(batch, height * width, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj_drop(self.proj(attend(q, k, v).transpose(1, 2).reshape(batch, height, width, dim)))
 

@@ -69,6 +69,8 @@ class MaskedAttention(SelfAttention):
         dtype: Dtype of the parameters.
     """
 
+    by_head = ("qkv", "mask")
+
     def __init__(self, dim: int, num_heads: int, size: Grid, device=None, dtype=None):
         super().__init__(dim, num_heads, device=device, dtype=dtype)
         self.size = size
