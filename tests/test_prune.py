@@ -1,5 +1,7 @@
 """Heads taken away: the same as masked, in every layer that allows it."""
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -217,3 +219,14 @@ def test_the_least_important_heads():
         least_important(scores, 4)
     with pytest.raises(ValueError, match=r"scores of a must be finite, got \[nan\]"):
         least_important({"a": torch.tensor([torch.nan])}, 0)
+
+
+def test_the_docs_code_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs/looking.md").read_text(encoding="utf-8")
+    text = page.partition("## Taking heads away")[2].partition("\n## ")[0]
+    names = {"batches": [(torch.rand(1, 3, 224, 224), torch.tensor([7]))]}
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, "docs/looking.md", "exec"), names)
+    assert sum(map(len, pruned_heads(names["model"]).values())) == 6
+    assert "{'blocks." in capsys.readouterr().out
