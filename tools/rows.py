@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_rows", "read_rows", "when_and_with", "write_between", "write_rows"]
+__all__ = ["append_rows", "put_between", "read_rows", "when_and_with", "write_between", "write_rows"]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -51,8 +51,17 @@ def write_between(page: Path, start: str, end: str, lines: Sequence[str]) -> Non
     Raises:
         ValueError: The page lacks the marks.
     """
-    before, found, rest = page.read_text().partition(start)
+    page.write_text(put_between(page.read_text(), start, end, lines, str(page)))
+
+
+def put_between(text: str, start: str, end: str, lines: Sequence[str], page: str) -> str:
+    """The text of ``page``, with what is between two marks replaced.
+
+    Raises:
+        ValueError: It lacks the marks.
+    """
+    before, found, rest = text.partition(start)
     _, found_end, after = rest.partition(end)
     if not found or not found_end:
         raise ValueError(f"{page} needs the lines {start} and {end}")
-    page.write_text(f"{before}{start}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")
+    return f"{before}{start}\n\n" + "\n".join(lines) + f"\n\n{end}{after}"

@@ -22,6 +22,7 @@ class Published(NamedTuple):
     top1: float  # per cent of ImageNet-1k's validation images, single crop
     gmacs: float | None  # the papers' "FLOPs", 10^9: multiplications with additions counted as one; None for no figure
     whole: bool = True  # False if the authors' counter does not see the products of queries, keys and values
+    source: str = ""  # address of the page that says so; "" for the origin_url of the model's cfg
 
 
 class Peer(NamedTuple):
@@ -63,7 +64,11 @@ class Family:
     Attributes:
         small: Models for tests, by registered name, with the arguments that make them small (none for a variant that
             is small itself). Between them they have all that the family can do.
-        published: Figures of the trained models with the classes of ImageNet-1k, by registered name.
+        published: Figures of models with the classes of ImageNet-1k, by registered name: of all whose weights load, and
+            of those that have figures alone.
+        goldens: The files of ``tests/golden`` that hold numbers of the authors' code, and whose: a registered model, or
+            a pattern (``*`` for all) of the models that have the part which the file is about. Empty for a family that
+            was written from a text.
         peers: What to time the family beside.
         dense_args: ``dense_args(variant, task)``: the arguments of a registered model that its authors change for
             ``"detection"`` or ``"segmentation"``; they change no weight that a classifier has.
@@ -77,6 +82,7 @@ class Family:
 
     small: Mapping[str, Mapping[str, Any]]
     published: Mapping[str, Published] = field(default_factory=dict)
+    goldens: Mapping[str, str] = field(default_factory=dict)
     peers: Sequence[Peer] = ()
     dense_args: Callable[[str, str], dict[str, Any]] = no_dense_args
     dense_norm: DenseNorm | None = None

@@ -262,6 +262,7 @@ family = Family(
         "agent_cswin_t": Published(83.1, 4.3), "agent_cswin_s": Published(83.9, 6.8),
         "agent_cswin_b": Published(84.7, 14.9), "agent_cswin_b_384": Published(85.8, 46.3),
     },
+    goldens={"agent_cswin_t": "agent_cswin_t", "agent_ops": "*"},
     peers=[Peer("agent_cswin_t", "swin_tiny_patch4_window7_224")],
     dense_args=dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,

@@ -210,6 +210,7 @@ family = Family(
         "agent_deit_t": Published(74.9, 1.2), "agent_deit_s": Published(80.5, 4.4),
         "agent_deit_s_448": Published(83.1, 17.7), "agent_deit_b": Published(82.0, 17.6),
     },
+    goldens={"agent_deit_t": "agent_deit_t", "agent_ops": "*"},
     peers=[Peer("agent_deit_t", "deit_tiny_patch16_224"), Peer("agent_deit_t", "deit_tiny_patch16_224", size=672)],
     dense_args=dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,

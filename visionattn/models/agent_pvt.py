@@ -202,6 +202,7 @@ family = Family(
         "agent_pvt_t": Published(78.4, 2.0), "agent_pvt_s": Published(82.2, 4.0), "agent_pvt_m": Published(83.4, 7.0),
         "agent_pvt_m_256": Published(83.8, 9.2), "agent_pvt_l": Published(83.7, 10.4),
     },
+    goldens={"agent_pvt_t": "agent_pvt_t", "agent_pvt_t_det": "agent_pvt_t", "agent_ops": "*"},
     peers=[Peer("agent_pvt_t", "pvt_v2_b1")],
     dense_args=dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,

@@ -185,6 +185,7 @@ family = Family(
         "agent_swin_s_288": Published(84.1, 14.6), "agent_swin_b": Published(84.0, 15.4),
         "agent_swin_b_384": Published(84.9, 46.3),
     },
+    goldens={"agent_swin_t": "agent_swin_t", "agent_swin_t_det": "agent_swin_t", "agent_ops": "*"},
     peers=[Peer("agent_swin_t", "swin_tiny_patch4_window7_224")],
     dense_args=dense_args,
     dense_norm=DenseNorm("norm", 1e-5),

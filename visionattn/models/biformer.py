@@ -276,6 +276,10 @@ family = Family(
         "biformer_base": Published(84.3, 9.8), "biformer_stl": Published(82.7, 4.6),
         "biformer_stl_nchw": Published(82.7, 4.6),
     },
+    goldens={
+        "biformer_tiny": "biformer_tiny", "biformer_tiny_seg": "biformer_tiny", "biformer_stl": "biformer_stl",
+        "biformer_stl_nchw": "biformer_stl_nchw",
+    },
     peers=[Peer("biformer_tiny", "swin_tiny_patch4_window7_224")],
     dense_args=dense_args,
     dense_norm=DenseNorm("extra_norms.", 1e-6),

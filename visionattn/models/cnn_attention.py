@@ -432,6 +432,7 @@ def test_mobilenetv2_ulsam(  # noqa: PT028 - no test function
 
 family = Family(
     small={"test_resnet_ela": {}, "test_mobilenetv2_ulsam": {}},
+    goldens={"ulsam_ops": "*_ulsam"},
     peers=[
         Peer(f"{network}_{attn}", network, same_weights=attn == "lba") for network in ("resnet50", "mobilenetv2_100") for attn in LAYERS
     ],

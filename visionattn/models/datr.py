@@ -256,6 +256,7 @@ def test_datr(pretrained: bool = False, **kwargs: Any) -> DATR:  # noqa: PT028 -
 
 family = Family(
     small={"test_datr": {}},
+    goldens={"datr_m_dense": "datr_m", "datr_m_seg": "datr_m"},
     peers=[Peer("datr_t", "pvt_v2_b1")],
     checkpoint_filter_fn=checkpoint_filter_fn,
 )

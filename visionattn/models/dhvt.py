@@ -19,7 +19,7 @@ from ..layers.full import attend
 from ._backbone import TokenBackbone
 from ._blocks import BaseBlock
 from ._builder import build_model, cfg
-from ._family import Family, Peer
+from ._family import Family, Peer, Published
 
 __all__ = ["DHVT"]
 
@@ -397,6 +397,12 @@ def test_dhvt(pretrained: bool = False, **kwargs: Any) -> DHVT:  # noqa: PT028 -
 
 family = Family(
     small={"test_dhvt": {}},
+    published={
+        "dhvt_tiny_imagenet_patch16": Published(77.6, 1.4), "dhvt_small_imagenet_patch16": Published(82.3, 5.1),
+    },
+    goldens={
+        "dhvt_tiny_cifar_patch4": "dhvt_tiny_cifar_patch4", "dhvt_tiny_imagenet_patch16": "dhvt_tiny_imagenet_patch16",
+    },
     peers=[Peer("dhvt_tiny_imagenet_patch16", "deit_tiny_patch16_224")],
     checkpoint_filter_fn=checkpoint_filter_fn,
     reductions=lambda variant: (int(variant.partition("_patch")[2] or 16),),

@@ -131,6 +131,7 @@ family = Family(
         "dinat_s_base": Published(83.8, 15.4), "dinat_s_large": Published(86.5, 34.5),
         "dinat_s_large_384": Published(87.4, 101.5),
     },
+    goldens={"dinat_s_tiny": "dinat_s_tiny"},
     peers=[Peer("dinat_s_tiny", "swin_tiny_patch4_window7_224")],
     dense_args=dense_args,
     dense_norm=DenseNorm("norm", 1e-5),

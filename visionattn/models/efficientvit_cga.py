@@ -453,6 +453,10 @@ family = Family(
         "efficientvit_cga_m2": Published(70.8, 0.201), "efficientvit_cga_m3": Published(73.4, 0.263),
         "efficientvit_cga_m4": Published(74.3, 0.299), "efficientvit_cga_m5": Published(77.1, 0.522),
     },
+    goldens={
+        "efficientvit_m0": "efficientvit_cga_m0", "efficientvit_m2": "efficientvit_cga_m2",
+        "efficientvit_m4_det": "efficientvit_cga_m4", "efficientvit_m4_img320": "efficientvit_cga_m4",
+    },
     peers=[
         Peer("efficientvit_cga_m0", "efficientvit_m0", fused=True, same_weights=True),
         Peer("efficientvit_cga_m5", "efficientvit_m5", fused=True, same_weights=True),

@@ -543,6 +543,10 @@ family = Family(
         "fan_small_12_p4_hybrid": Published(83.5, None), "fan_base_16_p4_hybrid": Published(83.9, None),
         "fan_large_16_p4_hybrid": Published(86.5, None), "tap_fan_base_16_p4_hybrid": Published(84.3, None),
     },
+    goldens={
+        "fan_tiny_12_p16_224": "fan_tiny_12_p16_224", "fan_tiny_8_p4_hybrid": "fan_tiny_8_p4_hybrid",
+        "tap_fan_tiny_12_p16_224": "tap_fan_tiny_12_p16_224",
+    },
     peers=[Peer("fan_tiny_12_p16_224", "xcit_tiny_12_p16_224"), Peer("fan_small_12_p4_hybrid", "convnext_tiny")],
     dense_args=dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,

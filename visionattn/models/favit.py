@@ -17,7 +17,7 @@ from ..layers import FactorizedAttention
 from ._backbone import Backbone, init_convolution, stage_levels
 from ._blocks import Block, ConvEmbedding, MixFeedForward, Stage
 from ._builder import build_model, cfg
-from ._family import Family, Peer
+from ._family import Family, Peer, Published
 
 __all__ = ["FaViT"]
 
@@ -175,6 +175,11 @@ def test_favit(pretrained: bool = False, **kwargs: Any) -> FaViT:  # noqa: PT028
 
 family = Family(
     small={"test_favit": {}},
+    published={
+        "favit_b0": Published(71.5, 0.6), "favit_b1": Published(79.4, 2.4), "favit_b2": Published(82.3, 4.5),
+        "favit_b3": Published(83.4, 8.5),
+    },
+    goldens={"favit_b0": "favit_b0"},
     peers=[Peer("favit_b0", "pvt_v2_b0"), Peer("favit_b2", "pvt_v2_b2")],
     checkpoint_filter_fn=checkpoint_filter_fn,
 )

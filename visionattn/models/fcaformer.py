@@ -31,7 +31,7 @@ from ..ops.dispatch import no_autocast, numbers
 from ._backbone import Backbone, stage_levels
 from ._blocks import ConvBlock, NormHead, Perceptron, Stage
 from ._builder import build_model, cfg
-from ._family import DenseNorm, Family, Peer
+from ._family import DenseNorm, Family, Peer, Published
 from ._tables import Grid
 
 __all__ = ["FcaFormer"]
@@ -440,6 +440,11 @@ def test_fcaformer(pretrained: bool = False, **kwargs: Any) -> FcaFormer:  # noq
 
 family = Family(
     small={"test_fcaformer": {}},
+    published={
+        "fcaformer_l1": Published(80.3, 1.4), "fcaformer_l2": Published(83.1, 3.6), "fcaformer_l3": Published(84.2, 6.7),
+        "fcaformer_l4": Published(84.9, 14.5),
+    },
+    goldens={"fcaformer_l1": "fcaformer_l1", "fcaformer_l1_dense": "fcaformer_l1"},
     peers=[Peer("fcaformer_l2", "swin_tiny_patch4_window7_224")],
     dense_args=dense_args,
     dense_norm=DenseNorm("norm", 1e-6, widths=(96, 192, 384, 768), projection="head"),

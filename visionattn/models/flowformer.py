@@ -19,7 +19,7 @@ from ..layers import FlowAttention
 from ._backbone import Backbone, stage_levels
 from ._blocks import Block, Stage
 from ._builder import build_model, cfg
-from ._family import Family, Peer
+from ._family import Family, Peer, Published
 from ._tables import Grid, PositionEmbedding, resize_positions
 
 __all__ = ["Flowformer"]
@@ -211,6 +211,8 @@ def test_flowformer(pretrained: bool = False, **kwargs: Any) -> Flowformer:  # n
 
 family = Family(
     small={"test_flowformer": {}},
+    published={"flowformer": Published(80.6, None)},
+    goldens={"flow_ops": "*"},
     peers=[Peer("flowformer", "pvt_v2_b3")],
     checkpoint_filter_fn=checkpoint_filter_fn,
 )

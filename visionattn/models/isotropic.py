@@ -231,6 +231,7 @@ family = Family(
         "vitrpb_small": Published(81.2, 4.6), "nat_iso_base": Published(81.6, 16.9),
         "dinat_iso_base": Published(82.1, 16.9), "vitrpb_base": Published(82.5, 17.5),
     },
+    goldens={"dinat_iso_small": "dinat_iso_small", "vitrpb_small": "vitrpb_small"},
     peers=[Peer("dinat_iso_small", "vit_small_patch16_224")],
     checkpoint_filter_fn=checkpoint_filter_fn,
     reductions=(16,),

@@ -132,6 +132,7 @@ family = Family(
         "moh_transnext_small_80": Published(84.7, None), "moh_transnext_small_75": Published(84.6, None),
         "moh_transnext_base_75": Published(84.9, None), "moh_transnext_base_50": Published(84.7, None),
     },
+    goldens={"moh_transnext_small_75": "moh_transnext_small_75", "moh_ops": "*"},
     peers=[Peer("moh_transnext_small_75", "convnext_small")],
     dense_args=transnext.dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,

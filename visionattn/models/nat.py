@@ -334,6 +334,7 @@ family = Family(
         "dinat_large": Published(86.6, 30.6), "dinat_large_384": Published(87.4, 89.7),
         "dinat_large_384_11x11": Published(87.5, 92.4),
     },
+    goldens={"nat_mini": "nat_mini", "dinat_tiny": "dinat_tiny", "dinat_mini_coco_backbone": "dinat_mini"},
     peers=[Peer("dinat_tiny", "swin_tiny_patch4_window7_224"), Peer("nat_tiny", "swin_tiny_patch4_window7_224")],
     dense_args=dense_args,
     dense_norm=DenseNorm("norm", 1e-5),

@@ -190,6 +190,7 @@ def test_routing_vit(pretrained: bool = False, **kwargs: Any) -> RoutingViT:  # 
 
 family = Family(
     small={"test_routing_vit": {}},
+    goldens={"kmeans_ops": "*"},
     peers=[Peer("routing_vit_tiny", "swin_tiny_patch4_window7_224")],
     checkpoint_filter_fn=checkpoint_filter_fn,
 )

@@ -329,6 +329,7 @@ def test_tap_rvt(pretrained: bool = False, **kwargs: Any) -> RVT:  # noqa: PT028
 
 family = Family(
     small={"test_tap_rvt": {}},
+    goldens={"tapadl_tap": "*tap_*"},
     peers=[Peer("rvt_small_plus", "deit_small_patch16_224")],
     checkpoint_filter_fn=checkpoint_filter_fn,
     reductions=_reductions,

@@ -331,6 +331,7 @@ family = Family(
         "smt_b": Published(84.3, 7.7, whole=False), "smt_l": Published(87.1, 17.6, whole=False),
         "smt_l_384": Published(88.1, 51.6, whole=False),
     },
+    goldens={"smt_t": "smt_t", "smt_s_dense_det": "smt_s", "smt_ops": "*"},
     peers=[Peer("smt_t", "pvt_v2_b1"), Peer("smt_s", "swin_tiny_patch4_window7_224")],
     checkpoint_filter_fn=checkpoint_filter_fn,
 )

@@ -18,7 +18,7 @@ from ..layers.varied_window import VariedSizeWindowAttention
 from ._backbone import Backbone, stage_levels
 from ._blocks import Block, Stage
 from ._builder import build_model, cfg
-from ._family import DenseNorm, Family, Peer
+from ._family import DenseNorm, Family, Peer, Published
 from ._tables import rpb_of_windows
 
 __all__ = ["SwinVSA"]
@@ -192,6 +192,11 @@ def test_swin_vsa(pretrained: bool = False, **kwargs: Any) -> SwinVSA:  # noqa: 
 
 family = Family(
     small={"test_swin_vsa": {}},
+    published={
+        "swin_vsa_tiny": Published(82.24, None, source="https://github.com/ViTAE-Transformer/ViTAE-VSA"),
+        "swin_vsa_small": Published(83.6, None, source="https://github.com/ViTAE-Transformer/ViTAE-VSA"),
+    },
+    goldens={"swin_vsa_tiny": "swin_vsa_tiny"},
     peers=[Peer("swin_vsa_tiny", "swin_tiny_patch4_window7_224")],
     dense_norm=DenseNorm("norm", 1e-5),
     checkpoint_filter_fn=checkpoint_filter_fn,

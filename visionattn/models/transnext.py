@@ -265,6 +265,11 @@ family = Family(
         "transnext_small_384": Published(86.0, 32.1), "transnext_base_384": Published(86.2, 56.3),
         "transnext_micro_AAAA_256": Published(82.6, 3.3),
     },
+    goldens={
+        "transnext_micro": "transnext_micro", "transnext_micro_384_pool7": "transnext_micro",
+        "transnext_micro_AAAA_256": "transnext_micro_AAAA_256", "transnext_micro_dense_interp": "transnext_micro",
+        "transnext_ops": "*",
+    },
     peers=[Peer("transnext_micro", "swin_tiny_patch4_window7_224"), Peer("transnext_tiny", "convnext_tiny")],
     dense_args=dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,

@@ -366,6 +366,7 @@ def test_vitaev2_vsa(pretrained: bool = False, **kwargs: Any) -> ViTAEv2VSA:  # 
 family = Family(
     small={"test_vitaev2_vsa": {}},
     published={"vitaev2_vsa_s": Published(82.7, 5.7), "vitaev2_vsa_widepcm_48m": Published(83.9, 15.0)},
+    goldens={"vitaev2_vsa_s": "vitaev2_vsa_s"},
     peers=[Peer("vitaev2_vsa_s", "swin_tiny_patch4_window7_224")],
     dense_args=dense_args,
     checkpoint_filter_fn=checkpoint_filter_fn,
