@@ -57,7 +57,9 @@ def test_entry(name):
     assert entry.weights.startswith("https://") != (config.tag == "untrained")
     assert entry.gmacs is not None
     if name in COUNTED:  # which test_zoo.py asks of all models of the project
-        assert (entry.parameters, f"{entry.gmacs:.6g}") == (int(COUNTED[name]["parameters"]), COUNTED[name]["gmacs"])
+        assert entry.parameters == int(COUNTED[name]["parameters"])
+        same = COUNTED[name]["torch"] == torch.__version__.partition("+")[0]  # others may count attention otherwise
+        assert entry.gmacs == pytest.approx(float(COUNTED[name]["gmacs"]), rel=1e-5 if same else 0.02)
     assert (entry.top1 is None) == (name not in PUBLISHED)
     if name in PUBLISHED and PUBLISHED[name].gmacs is not None:
         # The authors round to 0.1, or to three digits, and some count norms and activations too.

@@ -94,7 +94,10 @@ def test_exports_and_recipes_of_the_page_are_in_their_files(data):
     for name, family in data["families"].items():
         for task in ("classification", "detection", "segmentation"):
             of = [row for row in rows if row["family"] == name and row["task"] == task]
-            assert set(family["exports"].get(task, [])) == {row["format"] for row in of if row["kept"] == "True"}
+            assert set(family["refused"].get(task, [])) == {row["format"] for row in of if row["kept"] == "False"}
+            kept = {(row["format"], bool(row["difference"])) for row in of if row["kept"] == "True"}
+            assert set(family["exports"].get(task, [])) == {
+                name if compared else f"{name} (not run)" for name, compared in kept}
         for task, recipes in family["recipes"].items():
             for recipe in recipes:
                 backbone = re.search(r"^ *backbone: (\w+)", (

@@ -95,17 +95,19 @@ def _card_notes(facts: list[Facts]) -> list[str]:
                  f"{', '.join(f'`{file}`' for file in goldens)} ([tests/golden](../../tests/golden))." if goldens
                  else "There are no numbers of the authors to compare with.")
     licences = ", ".join(dict.fromkeys(of.licence for of in facts))
-    notes.append(f"Licence of the authors' work, by the models' settings in timm: {licences}.")
+    notes.append(f"Licence in the models' settings in timm, of the weights where there are some: {licences}.")
     tested: dict[str, list[str]] = {}
     for family in families:
         for task, formats in family.exports.items():
-            tested.setdefault(f"{task}: {', '.join(formats)}", []).append(f"`{family.exported}`")
+            refused = ", ".join(family.refused.get(task, []))
+            said = f"{task}: {', '.join(formats)}{f', not {refused}' if refused else ''}"
+            tested.setdefault(said, []).append(f"`{family.exported}`")
     models = list(dict.fromkeys(model for names in tested.values() for model in names))
     if tested:
         said = "; ".join(formats + (f" ({', '.join(names)})" if len(models) > 1 else "")
                          for formats, names in sorted(tested.items()))
         of_one = f" of {models[0]}" if len(models) == 1 else ""
-        notes.append(f"Files{of_one} that give what PyTorch gives: {said} ({_link('results/export.csv')}).")
+        notes.append(f"Exported files{of_one}, which give what PyTorch gives: {said} ({_link('results/export.csv')}).")
     digits = [cell for family in families for cell in family.digits]
     for note, of in groupby(digits, key=lambda cell: cell.note):
         cells = list(of)

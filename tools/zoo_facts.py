@@ -47,7 +47,8 @@ class FamilyFacts(NamedTuple):
     goldens: list[str]  # files of tests/golden with numbers of the authors' code
     recipes: dict[str, list[str]]  # whose backbone is one of its models, by task
     exported: str  # the small model that was written as files; "" for none
-    exports: dict[str, list[str]]  # formats in which that gave PyTorch's results, by task
+    exports: dict[str, list[str]]  # formats in which it was kept, by task: it gave PyTorch's results where it could run
+    refused: dict[str, list[str]]  # formats that were tried in vain
     digits: list[Cell]  # accuracy of its small models, a share
 
 
@@ -99,14 +100,14 @@ def read_facts(root: Path = ROOT) -> list[Facts]:
     found = []
     for family, record in models.families().items():
         members = [name for name in listing.chosen() if models.family_of(name) is record]
-        exported = {task: _exports(rows[EXPORTS], family, task) for task in TASKS}
+        exported = [row for row in rows[EXPORTS] if row["family"] == family]
         used = {task: [recipe for of, recipe, model in recipes if of == task and model in members]
                 for task in dict.fromkeys(task for task, _, _ in recipes)}
         digits = [_mean(rows[DIGITS], DIGITS, {"model": name}, "accuracy", _digits_note) for name in members]
         alike = FamilyFacts(
             family, _card(family, root), list(record.goldens), {task: names for task, names in used.items() if names},
-            next((model for _, model in exported.values() if model), ""),
-            {task: formats for task, (formats, _) in exported.items() if formats}, [cell for cell in digits if cell])
+            exported[0]["model"] if exported else "", _formats(exported, "True"), _formats(exported, "False"),
+            [cell for cell in digits if cell])
         for name in members:
             if name not in counted:
                 raise ValueError(f"{COUNTED} lacks {name}: python tools/write_zoo.py counts it")
@@ -174,9 +175,11 @@ def _digits_note(rows: list[dict[str, str]]) -> str:
             f"{seeds}, {first['date']}")
 
 
-def _exports(rows: list[dict[str, str]], family: str, task: str) -> tuple[list[str], str]:
-    kept = [row for row in rows if (row["family"], row["task"], row["kept"]) == (family, task, "True")]
-    return sorted({row["format"] for row in kept}), kept[0]["model"] if kept else ""
+def _formats(rows: list[dict[str, str]], kept: str) -> dict[str, list[str]]:
+    of = {task: [row for row in rows if (row["task"], row["kept"]) == (task, kept)] for task in TASKS}
+    unrun = " (not run)" if kept == "True" else ""
+    return {task: sorted(row["format"] + ("" if row["difference"] else unrun) for row in found)
+            for task, found in of.items() if found}
 
 
 def _parity(name: str, goldens: Mapping[str, str]) -> tuple[str, list[str]]:

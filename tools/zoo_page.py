@@ -6,8 +6,8 @@ BODY = """
 <p>Point at a number, or tap it, to see where it comes from. Top-1 on ImageNet-1k is what the authors published; all
 else is counted or measured here: <b>ms</b> of one image in evaluation, <b>step</b> of training as a multiple of
 swin_tiny's, <b>digits</b>: accuracy of a small model trained from scratch on scanned digits (in italics on the other
-models of its family), <b>parity</b>: what the tests compare with the authors' code, <b>formats</b> of files that gave
-PyTorch's results, <b>recipes</b> of the family by task. A click on a family highlights it.</p>
+models of its family), <b>parity</b>: what the tests compare with the authors' code, <b>formats</b> that it was exported
+to, of those tried, <b>recipes</b> of the family by task. A click on a family highlights it.</p>
 <div class="bar">
   <label>find <input id="text" type="search" placeholder="name or family"></label>
   <label>family <select id="family"></select></label>
@@ -79,6 +79,7 @@ const where = cell => {
 const latency = model => model.latencies.find(cell => cell.file + cell.note === byId("machine").value) || null;
 const family = model => data.families[model.family];
 const formats = model => family(model).exports.classification || [];
+const tried = model => formats(model).length + (family(model).refused.classification || []).length;
 const lines = lists => Object.entries(lists).map(([task, names]) => `${task}: ${names.join(", ")}`).join("\n");
 const SHORT = {classification: "cls", detection: "det", segmentation: "seg", multitask: "multi"};
 const WORDS = {model: "this model", family: "its family", part: "a part", none: "none"};
@@ -113,15 +114,17 @@ const COLUMNS = [
     tip: model => data.parity[model.parity[0]]
       + (model.parity[1].length ? `\ntests/golden: ${model.parity[1].join(", ")}` : "")},
   {head: "formats", number: true, value: model => formats(model).length || null,
-    text: model => formats(model).length || NONE,
-    tip: model => formats(model).length ? `files that give what PyTorch gives, of ${family(model).exported}\n` +
-      `${lines(family(model).exports)}\nresults/export.csv: rows of family ${model.family} that were kept` : null},
+    text: model => formats(model).length ? `${formats(model).length} of ${tried(model)}` : NONE,
+    tip: model => formats(model).length
+      ? `exported files of ${family(model).exported}, which give what PyTorch gives\n` +
+      `${lines(family(model).exports)}\nnot made: ${lines(family(model).refused) || NONE}\n` +
+      `results/export.csv: rows of family ${model.family}` : null},
   {head: "recipes", value: model => -Object.keys(family(model).recipes).length || null,
     text: model => Object.keys(family(model).recipes).map(task => SHORT[task] || task).join(" ") || NONE,
     tip: model => Object.keys(family(model).recipes).length
       ? `${lines(family(model).recipes)}\nvisionattn/configs` : null},
   {head: "licence", value: model => model.licence, text: model => model.licence,
-    tip: () => "of the authors' weights or code, from the model's settings in timm"},
+    tip: () => "in the model's settings in timm, of the weights where there are some"},
   {head: "weights", value: model => model.weights ? 0 : null, text: model => model.weights ? "file" : NONE,
     tip: model => model.weights || null},
 ];
