@@ -5,7 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.tools import load_tool
+from visionattn import ops
 from visionattn.ops import BackendError, dispatch, explain, neighborhood_attention, routed_attention, use_backend
 from visionattn.ops.dispatch import Backend, Op
 
@@ -113,3 +116,73 @@ print(neighborhood._op.choose(problem).name)
         assert expected in result.stderr.strip().splitlines()[-1]
     else:
         assert result.stdout.strip() == expected, result.stderr
+
+
+@pytest.mark.parametrize("bad", [3.0, True, (3, 3.0), (3, True), [3], 9, "3", (3, 3, 3)])
+def test_checks_meet_every_call(bad):
+    """What was once found right makes nothing else right that equals it, and what was wrong stays so."""
+    q = torch.randn(1, 8, 8, 2, 8)
+    for kernel_size in (3, (3, 3), [3, 3]):
+        assert neighborhood_attention(q, q, q, kernel_size).shape == q.shape
+    for _ in range(2):
+        with pytest.raises(ValueError, match="kernel_size"):
+            neighborhood_attention(q, q, q, bad)
+
+
+def test_checks_tell_tensors_apart():
+    q, routes = torch.randn(1, 8, 8, 2, 8), torch.arange(4).view(1, 1, 4, 1)
+    routed_attention(q, q, q, routes, 4)
+    for wrong, message in ((q.double(), "k is torch.float64"), (q[:, :7], "grid"), (q.to("meta"), "k is .* on meta")):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                routed_attention(q, wrong, wrong, routes, 4)
+    with pytest.raises(ValueError, match="routes must be region numbers 0 to 3, got 1 to 4"):
+        routed_attention(q, q, q, routes + 1, 4)
+    with torch.autocast("cpu"):  # the same arguments are another problem there
+        assert routed_attention(q, q, q, routes, 4).dtype == torch.bfloat16
+    assert routed_attention(q, q, q, routes, 4).dtype == torch.float32
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("op", "case", "name"), [
+    ("neighborhood_attention", "small_map", "neighborhood_slab"), ("routed_attention", "small", "routed_gathered"),
+    ("aggregated_attention", "small", "aggregated_shifted")])
+def test_operators_are_seen_where_they_matter(op, case, name):
+    """A plain call goes past PyTorch's dispatcher, with the same bits; a mode sees the operators."""
+    inputs, options = dispatch.cases(op)[case].tensors()
+    options |= dispatch.cases(op)[case].options
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    run = getattr(ops, op)
+
+    def step():
+        out = run(**inputs, **options)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    plain, seen = step(), _Seen()
+    assert "Generated" not in plain[0].grad_fn.name()  # as PyTorch calls what it makes of an operator
+    with seen:
+        watched = step()
+    assert {f"visionattn.{name}.default", f"visionattn.{name}_backward.default"} <= seen.names
+    for a, b in zip(plain, watched, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(run(**inputs, **options), plain[0])
+
+
+def test_what_a_call_costs_beside_its_computation(capsys):
+    tool = load_tool("measure_dispatch")
+    assert tool.main(["--ops", "routed", "flow", "--seconds", "0.02"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["op", "routed", "routed", "flow", "flow"]
+    for *_, call, bare, beside in lines[1:]:
+        assert int(bare) > 0
+        assert abs(int(call) - int(bare) - int(beside)) <= 1

@@ -1,10 +1,64 @@
 """Checks of arguments that several ops share."""
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .dispatch import exporting
+from .dispatch import exporting, untraced
 
-__all__ = ["check_alike", "check_sizes", "known_range", "shapes"]
+__all__ = ["check_alike", "check_sizes", "checked_once", "known_range", "shapes"]
+
+T = TypeVar("T")
+
+_PROBLEMS = 1024  # that a check knows, at most
+
+
+def checked_once(check: Callable[..., T]) -> Callable[..., T]:
+    """A function of positional arguments that is to look at shapes, dtypes and devices of tensors, never at values.
+
+    Its result for arguments alike is the same and is kept, but where sizes may be symbols or tensors: in graphs and
+    traces, and for subclasses of tensors. What it raises is raised in every call.
+    """
+    known: dict[tuple, T] = {}
+
+    @functools.wraps(check)
+    def checked(*args: Any) -> T:
+        if torch.compiler.is_compiling():
+            return check(*args)
+        key = None if torch.jit.is_tracing() else _key(args)
+        if key is None:
+            with untraced():
+                return check(*args)
+        found = known.get(key)
+        if found is None:
+            found = check(*args)
+            if len(known) >= _PROBLEMS:
+                known.clear()
+            known[key] = found
+        return found
+
+    return checked
+
+
+def _key(args: tuple[Any, ...]) -> tuple | None:
+    """What a check may depend on; None where that cannot be said. Equal numbers of other types are other keys."""
+    types = tuple(map(type, args))
+    key: list[Any] = [types]
+    for x, kind in zip(args, types, strict=True):
+        if kind is Tensor or kind is nn.Parameter:
+            key += x.shape, x.dtype, x.device
+        elif kind in _SCALARS:
+            key.append(x)
+        elif (kind is tuple or kind is list) and _SCALARS.issuperset(inner := tuple(map(type, x))):
+            key += tuple(x), inner
+        else:
+            return None
+    return tuple(key)
+
+
+_SCALARS = frozenset((int, bool, float, str, type(None)))
 
 
 def shapes(**tensors: Tensor) -> str:

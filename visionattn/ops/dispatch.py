@@ -35,7 +35,7 @@ from .recording import current_recorder, unit_values
 __all__ = [
     "Backend", "BackendError", "Op", "any_problem", "cases", "cast_for_autocast", "chosen", "concrete",
     "differentiated", "empty_result", "explain", "exporting", "in_forward_mode", "larger", "no_autocast", "numbers",
-    "operations", "smaller", "standard_only", "transforming", "untraced", "use_backend",
+    "operations", "smaller", "standard_only", "transforming", "untraced", "use_backend", "wants_gradients",
 ]
 
 
@@ -131,7 +131,7 @@ class Op:
             BackendError: No such backend, or it cannot do the problem.
         """
         names = _requested.get() or _defaults if _scopes else _defaults
-        wanted = backend or next((name for name in names if name in self._names), None)
+        wanted = backend or (next((name for name in names if name in self._names), None) if names else None)
         if wanted is None:
             for candidate in self.backends.values():
                 if candidate.automatic(problem) and candidate.supports(problem)[0]:
@@ -246,6 +246,11 @@ def in_forward_mode(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def standard_only(*tensors: Tensor | None) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..checks import check_alike, check_sizes, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from ..recording import unit_values
 from . import naive, shifted, triton_backend
 from .cases import CASES, AggregatedProblem
@@ -90,29 +90,34 @@ def aggregated_attention(
     if local_weights is not None:
         local_weights, = cast_for_autocast(local_weights)
     tensors = (q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights)
-    standard = standard_only(*tensors)
-    with untraced():
-        _check_maps(q, k, v, pooled_k, pooled_v)
-        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be a positive odd int, got {kernel_size!r}")
-        places, heads, tokens = kernel_size ** 2, q.shape[-2], q.shape[1] * q.shape[2]
-        _check_table("local_bias", local_bias, q, (heads, places))
-        _check_table("pooled_bias", pooled_bias, q, (heads, tokens, pooled_k.shape[1]))
-        _check_table("local_weights", local_weights, q, (*q.shape[:-1], places))
-        if active is not None and (active.shape != q.shape[:-1] or active.dtype != torch.bool):
-            raise ValueError(f"active must be booleans {list(q.shape[:-1])}, got {active.dtype} {list(active.shape)}")
-        problem = AggregatedProblem(
-            size=(q.shape[1], q.shape[2]), heads=heads, head_dim=q.shape[-1], value_dim=v.shape[-1],
-            kernel_size=kernel_size, pooled=pooled_k.shape[1], has_local_bias=local_bias is not None,
-            has_pooled_bias=pooled_bias is not None, has_local_weights=local_weights is not None,
-            has_active=active is not None, dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
-            standard_only=standard,
-        )
+    problem = _problem(*tensors, active, kernel_size, wants_gradients(*tensors), standard_only(*tensors))
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), tensors)
     return _op.run(problem, backend, q, k, v, pooled_k, pooled_v, kernel_size, local_bias, pooled_bias, local_weights,
                    active)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor, local_bias: Tensor | None,
+        pooled_bias: Tensor | None, local_weights: Tensor | None, active: Tensor | None, kernel_size: int,
+        requires_grad: bool, standard: bool,
+) -> AggregatedProblem:
+    _check_maps(q, k, v, pooled_k, pooled_v)
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be a positive odd int, got {kernel_size!r}")
+    places, heads, tokens = kernel_size ** 2, q.shape[-2], q.shape[1] * q.shape[2]
+    _check_table("local_bias", local_bias, q, (heads, places))
+    _check_table("pooled_bias", pooled_bias, q, (heads, tokens, pooled_k.shape[1]))
+    _check_table("local_weights", local_weights, q, (*q.shape[:-1], places))
+    if active is not None and (active.shape != q.shape[:-1] or active.dtype != torch.bool):
+        raise ValueError(f"active must be booleans {list(q.shape[:-1])}, got {active.dtype} {list(active.shape)}")
+    return AggregatedProblem(
+        size=(q.shape[1], q.shape[2]), heads=heads, head_dim=q.shape[-1], value_dim=v.shape[-1],
+        kernel_size=kernel_size, pooled=pooled_k.shape[1], has_local_bias=local_bias is not None,
+        has_pooled_bias=pooled_bias is not None, has_local_weights=local_weights is not None,
+        has_active=active is not None, dtype=q.dtype, device=q.device.type, requires_grad=requires_grad,
+        standard_only=standard)
 
 
 def _check_maps(q: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import differentiated, standard_only
 from ..kept import workspace
+from ..operator import operator
 from . import naive
 
 __all__ = ["run"]
@@ -46,7 +47,7 @@ def run(
     return _forward(*tensors, active, kernel_size)
 
 
-@torch.library.custom_op("visionattn::aggregated_shifted", mutates_args=())
+@operator("visionattn::aggregated_shifted")
 def _forward(
         q: Tensor,
         k: Tensor,
@@ -84,7 +85,7 @@ def _forward(
     return out.to(dtype)
 
 
-@torch.library.custom_op("visionattn::aggregated_shifted_backward", mutates_args=())
+@operator("visionattn::aggregated_shifted_backward")
 def _backward(
         grad: Tensor,
         q: Tensor,

@@ -5,11 +5,10 @@ two axes are this project's own form of its fixed pattern.
 """
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_sizes, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from ..recording import unit_values
 from . import blocked, naive
 from .blocked import row_attention
@@ -95,22 +94,33 @@ def combiner_attention(
     given = {name: cast_for_autocast(x)[0] for name, x in (
         ("summary_q", summary_q), ("summary_k", summary_k), ("summary_v", summary_v)) if x is not None}
     tensors = (q, k, v, *given.values())
-    standard = standard_only(*tensors)
-    with untraced():
-        _check(q, k, v, given)
-        _check_options(q, pattern, window_size, causal, pool, count_bias, given)
-        problem = CombinerProblem(
-            size=(q.shape[1], q.shape[2]), heads=q.shape[3], head_dim=q.shape[4], value_dim=v.shape[4], pattern=pattern,
-            window_size=window_size, causal=causal or pattern == "logn", pool=pool or _POOLS[pattern][0],
-            count_bias=count_bias, has_summary_q="summary_q" in given, has_summary_k="summary_k" in given,
-            has_summary_v="summary_v" in given, dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors), standard_only=standard)
+    problem = _problem(
+        q, k, v, given.get("summary_q"), given.get("summary_k"), given.get("summary_v"), pattern, window_size, causal,
+        pool, count_bias, wants_gradients(*tensors), standard_only(*tensors))
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), tensors)
     return _op.run(
         problem, backend, q, k, v, pattern, window_size, problem.causal, problem.pool, count_bias,
         problem.head_dim ** -0.5 if scale is None else scale, given.get("summary_q"), given.get("summary_k"),
         given.get("summary_v"))
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, summary_q: Tensor | None, summary_k: Tensor | None, summary_v: Tensor | None,
+        pattern: str, window_size: tuple[int, int] | None, causal: bool, pool: str | None, count_bias: bool,
+        requires_grad: bool, standard: bool,
+) -> CombinerProblem:
+    given = {name: x for name, x in (
+        ("summary_q", summary_q), ("summary_k", summary_k), ("summary_v", summary_v)) if x is not None}
+    _check(q, k, v, given)
+    _check_options(q, pattern, window_size, causal, pool, count_bias, given)
+    return CombinerProblem(
+        size=(q.shape[1], q.shape[2]), heads=q.shape[3], head_dim=q.shape[4], value_dim=v.shape[4], pattern=pattern,
+        window_size=window_size, causal=causal or pattern == "logn", pool=pool or _POOLS[pattern][0],
+        count_bias=count_bias, has_summary_q=summary_q is not None, has_summary_k=summary_k is not None,
+        has_summary_v=summary_v is not None, dtype=q.dtype, device=q.device.type, requires_grad=requires_grad,
+        standard_only=standard)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Tensor]) -> None:

@@ -5,11 +5,10 @@ that a dilated window spans; a key is what all tiles have at one place of the wi
 number of queries and keys. How the published models merge tiles and project what is merged is the layer's business, for
 which :func:`merge_tiles` is here.
 """
-import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_sizes, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import merged, naive
 from .cases import CASES, FactorizedProblem
 from .tiles import merge_tiles
@@ -56,18 +55,22 @@ def factorized_attention(
         BackendError: There is no such backend (a ValueError too).
     """
     q, k, v = cast_for_autocast(q, k, v)
-    standard = standard_only(q, k, v)
-    with untraced():
-        _check(q, k, v, window, dilations)
-        problem = FactorizedProblem(
-            size=(q.shape[1], q.shape[2]), key_size=(k.shape[1], k.shape[2]), heads=q.shape[3], head_dim=q.shape[4],
-            value_dim=v.shape[4], window=window, dilations=tuple(dilations), dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            standard_only=standard)
+    problem = _problem(q, k, v, window, dilations, wants_gradients(q, k, v), standard_only(q, k, v))
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v))
     return _op.run(
         problem, backend, q, k, v, window, problem.dilations, problem.head_dim ** -0.5 if scale is None else scale)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, window: int, dilations: tuple[int, ...], requires_grad: bool, standard: bool,
+) -> FactorizedProblem:
+    _check(q, k, v, window, dilations)
+    return FactorizedProblem(
+        size=(q.shape[1], q.shape[2]), key_size=(k.shape[1], k.shape[2]), heads=q.shape[3], head_dim=q.shape[4],
+        value_dim=v.shape[4], window=window, dilations=tuple(dilations), dtype=q.dtype, device=q.device.type,
+        requires_grad=requires_grad, standard_only=standard)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int, dilations: tuple[int, ...]) -> None:

@@ -3,11 +3,10 @@
 Definition: "Flowformer: Linearizing Transformers with Conservation Flows" (arXiv 2202.06258), section 3.2. Time and
 memory are linear in the number of queries and keys.
 """
-import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_sizes, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import linear, naive
 from .cases import CASES, FlowProblem
 
@@ -58,17 +57,21 @@ def flow_attention(
         BackendError: There is no such backend (a ValueError too).
     """
     q, k, v = cast_for_autocast(q, k, v)
-    standard = standard_only(q, k, v)
-    with untraced():
-        _check(q, k, v, is_causal)
-        problem = FlowProblem(
-            queries=q.shape[1], keys=k.shape[1], heads=q.shape[2], head_dim=q.shape[3], value_dim=v.shape[3],
-            is_causal=is_causal, eps_of_sums=eps_of_sums, dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            standard_only=standard)
+    problem = _problem(q, k, v, is_causal, eps_of_sums, wants_gradients(q, k, v), standard_only(q, k, v))
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v))
     return _op.run(problem, backend, q, k, v, is_causal, eps_of_sums)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, is_causal: bool, eps_of_sums: bool, requires_grad: bool, standard: bool,
+) -> FlowProblem:
+    _check(q, k, v, is_causal)
+    return FlowProblem(
+        queries=q.shape[1], keys=k.shape[1], heads=q.shape[2], head_dim=q.shape[3], value_dim=v.shape[3],
+        is_causal=is_causal, eps_of_sums=eps_of_sums, dtype=q.dtype, device=q.device.type, requires_grad=requires_grad,
+        standard_only=standard)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:

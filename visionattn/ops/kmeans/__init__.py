@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_sizes, known_range, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, known_range, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from ..recording import unit_values
 from . import gathered, naive
 from .cases import CASES, KMeansProblem
@@ -80,24 +80,32 @@ def kmeans_attention(
     q, k, v = cast_for_autocast(q, k, v)
     if memory_key is not None and memory_value is not None:
         memory_key, memory_value = cast_for_autocast(memory_key, memory_value)
-    standard = standard_only(q, k, v, memory_key, memory_value)
-    with untraced():
-        _check_tokens(q, k, v)
-        has_empty = _check_indices(query_index, key_index, q)
-        _check_extras(mask, memory_key, memory_value, q, v, query_index.shape[2])
-        problem = KMeansProblem(
-            tokens=q.shape[1], num_clusters=query_index.shape[2], query_window=query_index.shape[3],
-            key_window=key_index.shape[3], heads=q.shape[2], head_dim=q.shape[3], value_dim=v.shape[3],
-            has_mask=mask is not None, mask_self=mask_self, num_memory=0 if memory_key is None else memory_key.shape[2],
-            dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            standard_only=standard,
-        )
+    problem = _problem(
+        q, k, v, query_index, key_index, mask, mask_self, memory_key, memory_value, wants_gradients(q, k, v),
+        standard_only(q, k, v, memory_key, memory_value))
+    lowest = _check_range("query_index", query_index, -1, problem.tokens)
+    _check_range("key_index", key_index, 0, problem.tokens)
+    has_empty = lowest is None or lowest < 0
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result(v.shape, (q, k, v, memory_key, memory_value))
     return _op.run(
         problem, backend, q, k, v, query_index, key_index, problem.head_dim ** -0.5 if scale is None else scale, mask,
         mask_self, memory_key, memory_value, has_empty)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, query_index: Tensor, key_index: Tensor, mask: Tensor | None, mask_self: bool,
+        memory_key: Tensor | None, memory_value: Tensor | None, requires_grad: bool, standard: bool,
+) -> KMeansProblem:
+    _check_tokens(q, k, v)
+    _check_indices(query_index, key_index, q)
+    _check_extras(mask, memory_key, memory_value, q, v, query_index.shape[2])
+    return KMeansProblem(
+        tokens=q.shape[1], num_clusters=query_index.shape[2], query_window=query_index.shape[3],
+        key_window=key_index.shape[3], heads=q.shape[2], head_dim=q.shape[3], value_dim=v.shape[3],
+        has_mask=mask is not None, mask_self=mask_self, num_memory=0 if memory_key is None else memory_key.shape[2],
+        dtype=q.dtype, device=q.device.type, requires_grad=requires_grad, standard_only=standard)
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -109,24 +117,26 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_alike(q, k=k, v=v)
 
 
-def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> bool:
-    """Returns whether there may be empty places."""
-    has_empty = True
-    batch, tokens, heads = q.shape[:3]
-    for name, index, lowest in (("query_index", query_index, -1), ("key_index", key_index, 0)):
+def _check_indices(query_index: Tensor, key_index: Tensor, q: Tensor) -> None:
+    batch, _, heads = q.shape[:3]
+    for name, index in (("query_index", query_index), ("key_index", key_index)):
         if index.ndim != 4 or index.shape[:2] != (batch, heads) or index.shape[2] != query_index.shape[2]:
             raise ValueError(f"{name} must be [batch, heads, clusters, window] = [{batch}, {heads}, "
                              f"{query_index.shape[2] if query_index.ndim == 4 else 'clusters'}, window], "
                              f"got {list(index.shape)}")
         if index.dtype != torch.int64 or index.device != q.device:
             raise ValueError(f"{name} must be int64 on {q.device}, got {index.dtype} on {index.device}")
-        found = known_range(index)
-        if found is not None and (found[0] < lowest or found[1] >= tokens):
-            raise ValueError(f"{name} must hold {lowest} to {tokens - 1}, got {found[0]} to {found[1]}")
-        if name == "query_index":
-            has_empty = found is None or found[0] < 0
     check_sizes(query_index=query_index, key_index=key_index)
-    return has_empty
+
+
+def _check_range(name: str, index: Tensor, lowest: int, tokens: int) -> int | None:
+    """Returns the least entry, where it is known."""
+    found = known_range(index)
+    if found is None:
+        return None
+    if found[0] < lowest or found[1] >= tokens:
+        raise ValueError(f"{name} must hold {lowest} to {tokens - 1}, got {found[0]} to {found[1]}")
+    return found[0]
 
 
 def _check_extras(

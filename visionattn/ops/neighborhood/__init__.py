@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..checks import check_alike, check_sizes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from ..recording import unit_values
 from . import halo, naive, natten_backend, triton_backend
 from .cases import CASES, NeighborhoodProblem
@@ -88,6 +88,28 @@ def neighborhood_attention(
         ValueError: Arguments that do not fit each other; the message says which and what would fit.
         BackendError: ``backend`` cannot do this problem (a ValueError too).
     """
+    q, k, v = cast_for_autocast(q, k, v)
+    if additional_keys is not None and additional_values is not None:
+        additional_keys, additional_values = cast_for_autocast(additional_keys, additional_values)
+    problem = _problem(
+        q, k, v, kernel_size, dilation, stride, is_causal, bias, additional_keys, additional_values, return_lse,
+        wants_gradients(q, k, v), standard_only(q, k, v, bias))
+    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+        out = empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, bias, additional_keys, additional_values))
+        return (out, out.new_zeros(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))) \
+            if return_lse else out
+    out, lse = _op.run(
+        problem, backend, q, k, v, problem.kernel_size, problem.dilation, problem.stride, problem.is_causal, bias,
+        problem.head_dim ** -0.5 if scale is None else scale, additional_keys, additional_values, return_lse)
+    return (out, lse) if return_lse else out
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, kernel_size: Any, dilation: Any, stride: Any, is_causal: Any,
+        bias: Tensor | None, additional_keys: Tensor | None, additional_values: Tensor | None, return_lse: bool,
+        requires_grad: bool, standard: bool,
+) -> NeighborhoodProblem:
     axes = q.ndim - 3
     if axes not in (1, 2, 3):
         raise ValueError(
@@ -96,31 +118,16 @@ def neighborhood_attention(
     dilation = _per_axis("dilation", dilation, axes, int)
     stride = _per_axis("stride", stride, axes, int)
     is_causal = _per_axis("is_causal", is_causal, axes, bool)
-    q, k, v = cast_for_autocast(q, k, v)
-    if additional_keys is not None and additional_values is not None:
-        additional_keys, additional_values = cast_for_autocast(additional_keys, additional_values)
-    standard = standard_only(q, k, v, bias)
-    with untraced():
-        _check_tensors(q, k, v, additional_keys, additional_values)
-        _check_windows(q.shape[1:-2], kernel_size, dilation, stride)
-        if bias is not None:
-            _check_bias(bias, q, kernel_size, is_causal)
-        problem = NeighborhoodProblem(
-            spatial=tuple(q.shape[1:-2]), heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1],
-            value_dim=v.shape[-1], kernel_size=kernel_size, dilation=dilation, stride=stride, is_causal=is_causal,
-            has_bias=bias is not None, additional=0 if additional_keys is None else additional_keys.shape[1],
-            return_lse=return_lse, dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            standard_only=standard,
-        )
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
-        out = empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, bias, additional_keys, additional_values))
-        return (out, out.new_zeros(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))) \
-            if return_lse else out
-    out, lse = _op.run(
-        problem, backend, q, k, v, kernel_size, dilation, stride, is_causal, bias,
-        problem.head_dim ** -0.5 if scale is None else scale, additional_keys, additional_values, return_lse)
-    return (out, lse) if return_lse else out
+    _check_tensors(q, k, v, additional_keys, additional_values)
+    _check_windows(q.shape[1:-2], kernel_size, dilation, stride)
+    if bias is not None:
+        _check_bias(bias, q, kernel_size, is_causal)
+    return NeighborhoodProblem(
+        spatial=tuple(q.shape[1:-2]), heads=q.shape[-2], kv_heads=k.shape[-2], head_dim=q.shape[-1],
+        value_dim=v.shape[-1], kernel_size=kernel_size, dilation=dilation, stride=stride, is_causal=is_causal,
+        has_bias=bias is not None, additional=0 if additional_keys is None else additional_keys.shape[1],
+        return_lse=return_lse, dtype=q.dtype, device=q.device.type, requires_grad=requires_grad,
+        standard_only=standard)
 
 
 def _shape(x: Tensor) -> list[int]:

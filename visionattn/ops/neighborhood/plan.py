@@ -169,6 +169,7 @@ class Plan:
                 )
 
 
+@functools.lru_cache(maxsize=4096)
 def columns_of(chunk: Chunk) -> int:
     """Columns of tiles in a chunk."""
     return math.prod(last - first for first, last in chunk)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import concrete, differentiated
+from ..operator import operator
 from . import general, naive
 from .plan import Plan, columns_of, plans
 from .table import add_to_bias, table_of
@@ -60,7 +61,7 @@ def slab_attention(
     return _slab_forward(q, k, v, bias, list(kernel_size), list(dilation), list(stride), scale, keep)[0]
 
 
-@torch.library.custom_op("visionattn::neighborhood_slab", mutates_args=())
+@operator("visionattn::neighborhood_slab")
 def _slab_forward(
         q: Tensor,
         k: Tensor,
@@ -90,7 +91,7 @@ def _slab_forward(
     return out, kept
 
 
-@torch.library.custom_op("visionattn::neighborhood_slab_backward", mutates_args=())
+@operator("visionattn::neighborhood_slab_backward")
 def _slab_backward(
         grad: Tensor,
         q: Tensor,

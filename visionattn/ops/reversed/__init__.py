@@ -4,11 +4,10 @@ Definition: "Visual Dependency Transformers: Dependency Tree Emerges from Revers
 section 3. The softmax is over those that receive, not over those that are read from as in usual attention. What scales
 a sender's message (the paper's head selector and message controller) is the caller's business.
 """
-import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_sizes, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import blocked, naive
 from .cases import CASES, ReversedProblem
 
@@ -52,17 +51,20 @@ def reversed_attention(
     """
     weights = v.new_ones(v.shape[:-1]) if weights is None else weights
     q, k, v, weights = cast_for_autocast(q, k, v, weights)
-    standard = standard_only(q, k, v, weights)
-    with untraced():
-        _check(q, k, v, weights)
-        problem = ReversedProblem(
-            senders=q.shape[1], receivers=k.shape[1], heads=q.shape[2], head_dim=q.shape[3], value_dim=v.shape[3],
-            dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, weights)),
-            standard_only=standard)
+    problem = _problem(q, k, v, weights, wants_gradients(q, k, v, weights), standard_only(q, k, v, weights))
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*k.shape[:-1], v.shape[-1]), (q, k, v, weights))
     return _op.run(problem, backend, q, k, v, weights, problem.head_dim ** -0.5 if scale is None else scale)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, weights: Tensor, requires_grad: bool, standard: bool,
+) -> ReversedProblem:
+    _check(q, k, v, weights)
+    return ReversedProblem(
+        senders=q.shape[1], receivers=k.shape[1], heads=q.shape[2], head_dim=q.shape[3], value_dim=v.shape[3],
+        dtype=q.dtype, device=q.device.type, requires_grad=requires_grad, standard_only=standard)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..checks import check_alike, check_sizes, known_range, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, known_range, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import gathered, naive, triton_backend
 from .cases import CASES, RoutedProblem
 
@@ -62,25 +62,31 @@ def routed_attention(
             checked on CPU tensors only, as elsewhere the check would wait for the device.
         BackendError: ``backend`` cannot do this problem (a ValueError too).
     """
-    sizes: Any = tuple(region_size) if isinstance(region_size, Sequence) else (region_size, region_size)
     q, k, v = cast_for_autocast(q, k, v)
-    standard = standard_only(q, k, v, route_weights)
-    with untraced():
-        grid = _check_maps(q, k, v, sizes)
-        _check_routes(routes, q, grid, route_weights)
-        key_region_size = (k.shape[1] // grid[0], k.shape[2] // grid[1])
-        problem = RoutedProblem(
-            grid=grid, region_size=sizes, key_region_size=key_region_size, heads=q.shape[-2], head_dim=q.shape[-1],
-            value_dim=v.shape[-1], topk=routes.shape[-1], shared_routes=routes.shape[1] == 1,
-            has_route_weights=route_weights is not None, dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            standard_only=standard,
-        )
+    problem = _problem(
+        q, k, v, routes, route_weights, region_size, wants_gradients(q, k, v),
+        standard_only(q, k, v, route_weights))
+    _check_range(routes)
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, route_weights))
     return _op.run(
-        problem, backend, q, k, v, routes, sizes, key_region_size, problem.head_dim ** -0.5 if scale is None else scale,
-        route_weights)
+        problem, backend, q, k, v, routes, problem.region_size, problem.key_region_size,
+        problem.head_dim ** -0.5 if scale is None else scale, route_weights)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, routes: Tensor, route_weights: Tensor | None, region_size: Any,
+        requires_grad: bool, standard: bool,
+) -> RoutedProblem:
+    sizes: Any = tuple(region_size) if isinstance(region_size, Sequence) else (region_size, region_size)
+    grid = _check_maps(q, k, v, sizes)
+    _check_routes(routes, q, grid, route_weights)
+    return RoutedProblem(
+        grid=grid, region_size=sizes, key_region_size=(k.shape[1] // grid[0], k.shape[2] // grid[1]),
+        heads=q.shape[-2], head_dim=q.shape[-1], value_dim=v.shape[-1], topk=routes.shape[-1],
+        shared_routes=routes.shape[1] == 1, has_route_weights=route_weights is not None, dtype=q.dtype,
+        device=q.device.type, requires_grad=requires_grad, standard_only=standard)
 
 
 def _check_maps(q: Tensor, k: Tensor, v: Tensor, region_size: tuple) -> tuple[int, int]:
@@ -121,6 +127,9 @@ def _check_routes(routes: Tensor, q: Tensor, grid: tuple[int, int], route_weight
     if route_weights is not None and route_weights.shape != routes.shape:
         raise ValueError(f"route_weights must have the shape of routes, {list(routes.shape)}, got "
                          f"{list(route_weights.shape)}")
-    found = known_range(routes)
+
+
+def _check_range(routes: Tensor) -> None:
+    found, regions = known_range(routes), routes.shape[2]
     if found is not None and (found[0] < 0 or found[1] >= regions):
         raise ValueError(f"routes must be region numbers 0 to {regions - 1}, got {found[0]} to {found[1]}")

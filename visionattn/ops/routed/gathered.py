@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import differentiated, no_autocast, standard_only
+from ..operator import operator
 from . import naive
 
 __all__ = ["run", "supports"]
@@ -52,7 +53,7 @@ def run(
     return _forward(q, k, v, routes, route_weights, list(region_size), list(key_region_size), scale)[0]
 
 
-@torch.library.custom_op("visionattn::routed_gathered", mutates_args=())
+@operator("visionattn::routed_gathered")
 def _forward(
         q: Tensor,
         k: Tensor,
@@ -95,7 +96,7 @@ def _(q, k, v, routes, route_weights, region_size, key_region_size, scale):
     return q.new_empty(*q.shape[:-1], v.shape[-1]), lse
 
 
-@torch.library.custom_op("visionattn::routed_gathered_backward", mutates_args=())
+@operator("visionattn::routed_gathered_backward")
 def _backward(
         grad: Tensor,
         q: Tensor,

@@ -7,8 +7,8 @@ this project's: their keys are gathered once. Which keys a list holds is the cal
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_sizes, known_range, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, known_range, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import gathered, masked, naive
 from .cases import CASES, SparsifiedProblem
 
@@ -51,16 +51,24 @@ def sparsified_attention(
         BackendError: There is no such backend (a ValueError too).
     """
     q, k, v = cast_for_autocast(q, k, v)
-    standard = standard_only(q, k, v)
-    with untraced():
-        _check(q, k, v, index)
-        problem = SparsifiedProblem(
-            queries=q.shape[1], keys=k.shape[1], groups=index.shape[2], chosen=index.shape[3], heads=q.shape[2],
-            head_dim=q.shape[3], value_dim=v.shape[3], dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)), standard_only=standard)
+    problem = _problem(q, k, v, index, wants_gradients(q, k, v), standard_only(q, k, v))
+    known = known_range(index)
+    if known is not None and (known[0] < 0 or known[1] >= problem.keys):
+        raise ValueError(f"index must hold 0 to {problem.keys - 1}, got {known[0]} to {known[1]}")
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v))
     return _op.run(problem, backend, q, k, v, index, problem.head_dim ** -0.5 if scale is None else scale)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, index: Tensor, requires_grad: bool, standard: bool,
+) -> SparsifiedProblem:
+    _check(q, k, v, index)
+    return SparsifiedProblem(
+        queries=q.shape[1], keys=k.shape[1], groups=index.shape[2], chosen=index.shape[3], heads=q.shape[2],
+        head_dim=q.shape[3], value_dim=v.shape[3], dtype=q.dtype, device=q.device.type, requires_grad=requires_grad,
+        standard_only=standard)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> None:
@@ -80,6 +88,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> None:
         raise ValueError(f"index must be int64 on {q.device}, got {index.dtype} on {index.device}")
     if isinstance(q.shape[1], int) and q.shape[1] % index.shape[2]:
         raise ValueError(f"the groups of index ({index.shape[2]}) must divide the queries ({q.shape[1]})")
-    known = known_range(index)
-    if known is not None and (known[0] < 0 or known[1] >= k.shape[1]):
-        raise ValueError(f"index must hold 0 to {k.shape[1] - 1}, got {known[0]} to {known[1]}")

@@ -6,11 +6,10 @@ Definition: "VSA: Learning Varied-Size Window Attention in Vision Transformers" 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_sizes, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import naive, sampled
 from .cases import CASES, VariedWindowProblem
 
@@ -63,27 +62,33 @@ def varied_window_attention(
         ValueError: Arguments that do not fit each other; the message says which and what would fit.
         BackendError: There is no such backend (a ValueError too).
     """
-    window: Any = tuple(window_size) if isinstance(window_size, Sequence) else (window_size, window_size)
     q, k, v = cast_for_autocast(q, k, v)
-    standard = standard_only(q, k, v, offset, stretch, bias)
-    with untraced():
-        _check_maps(q, k, v, window)
-        rows, columns, heads = q.shape[1] // window[0], q.shape[2] // window[1], q.shape[3]
-        for name, x in (("offset", offset), ("stretch", stretch)):
-            _check(name, x, "[batch, rows, columns, heads, 2]", (q.shape[0], rows, columns, heads, 2), q)
-        if bias is not None:
-            _check("bias", bias, "[heads, 2 * window height - 1, 2 * window width - 1]",
-                   (heads, 2 * window[0] - 1, 2 * window[1] - 1), q)
-        tensors = [q, k, v, offset, stretch, bias]
-        problem = VariedWindowProblem(
-            size=(q.shape[1], q.shape[2]), window_size=window, heads=heads, head_dim=q.shape[4], value_dim=v.shape[4],
-            has_bias=bias is not None, dtype=q.dtype, device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
-            standard_only=standard)
+    tensors = (q, k, v, offset, stretch, bias)
+    problem = _problem(*tensors, window_size, wants_gradients(*tensors), standard_only(*tensors))
     if isinstance(q.shape[0], int) and q.shape[0] == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), tensors)
     return _op.run(
-        problem, backend, q, k, v, offset, stretch, window, bias, problem.head_dim ** -0.5 if scale is None else scale)
+        problem, backend, q, k, v, offset, stretch, problem.window_size, bias,
+        problem.head_dim ** -0.5 if scale is None else scale)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, offset: Tensor, stretch: Tensor, bias: Tensor | None, window_size: Any,
+        requires_grad: bool, standard: bool,
+) -> VariedWindowProblem:
+    window: Any = tuple(window_size) if isinstance(window_size, Sequence) else (window_size, window_size)
+    _check_maps(q, k, v, window)
+    rows, columns, heads = q.shape[1] // window[0], q.shape[2] // window[1], q.shape[3]
+    for name, x in (("offset", offset), ("stretch", stretch)):
+        _check(name, x, "[batch, rows, columns, heads, 2]", (q.shape[0], rows, columns, heads, 2), q)
+    if bias is not None:
+        _check("bias", bias, "[heads, 2 * window height - 1, 2 * window width - 1]",
+               (heads, 2 * window[0] - 1, 2 * window[1] - 1), q)
+    return VariedWindowProblem(
+        size=(q.shape[1], q.shape[2]), window_size=window, heads=heads, head_dim=q.shape[4], value_dim=v.shape[4],
+        has_bias=bias is not None, dtype=q.dtype, device=q.device.type, requires_grad=requires_grad,
+        standard_only=standard)
 
 
 def _check_maps(q: Tensor, k: Tensor, v: Tensor, window: tuple) -> None:

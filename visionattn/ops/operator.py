@@ -1,0 +1,72 @@
+"""Operators of ours: in graphs one node each, in plain eager calls the Python functions that they are.
+
+PyTorch's dispatcher takes tens of microseconds for an operator that is written in Python, and its autograd hundreds:
+more than the attention of a small map. Nothing but graphs, modes, subclasses and transforms needs either, so a call of
+plain tensors that none of these sees goes past them.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+__all__ = ["Operator", "operator"]
+
+
+class Operator:
+    """A function and the operator that PyTorch knows it as; see :func:`operator`.
+
+    Attributes:
+        body: The function.
+    """
+
+    def __init__(self, name: str, body: Callable[..., Any]):
+        self.body = body
+        self._definition = torch.library.custom_op(name, body, mutates_args=())
+        self._function: type[torch.autograd.Function] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the function, or the operator where somebody would miss it."""
+        if torch.compiler.is_compiling() or not _are_plain(args):
+            return self._definition(*args)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return self._definition(*args) if self._function is None else self._function.apply(*args)
+        return self.body(*args)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """As that of ``torch.library.custom_op``."""
+        return self._definition.register_fake(fake)
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """As that of ``torch.library.custom_op``, of which the function of plain calls is made too."""
+        self._definition.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self.body(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        self._function = type(
+            self.body.__name__, (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Makes an operator called ``name`` (``"visionattn::..."``) of a function of positional arguments, as
+    ``torch.library.custom_op`` does, whose type annotations say its schema.
+
+    The function computes new tensors, and no gradients: it may be called while autograd records, but not for tensors
+    that require gradients. Autograd knows the operator by what :meth:`register_autograd` was given.
+    """
+    return lambda body: Operator(name, body)
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether there are values to compute with, and nobody but autograd watches."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return False
+    return all(
+        not isinstance(x, Tensor) or ((type(x) is Tensor or type(x) is nn.Parameter) and not x.is_meta) for x in args)
