@@ -25,6 +25,7 @@ _COMMANDS = {
     "run": _Command("visionattn.runtime.command", "predict with an exported file, without PyTorch: FILE.onnx IMAGE"),
     "embed": _Command("visionattn.embed", "write the features that a model pools of images: RUN|MODEL|FILE IMAGE"),
     "probe": _Command("visionattn.probe", "train heads on a frozen model's features: --model NAME --data FOLDER"),
+    "explain": _Command("visionattn.analysis.explain", "show where a model looks in an image: RUN|MODEL IMAGE; a page"),
     "adapters": _Command("visionattn.adapter_command", "list the adapters that fit trains, show or merge one of a run"),
     "recipes": _Command("visionattn.recipes", "list the recipes that fit takes by name, or print one to edit"),
     "compare": _Command("visionattn.compare", "show runs side by side: a table, and a picture of their curves"),

@@ -1,5 +1,5 @@
 """Where the queries and keys of a layer's attention lie in the image."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from ..models.datr import SpatialReductionAttention
 from ..models.dhvt import HeadInteractionAttention
 from .by_layer import LayerAttention
 
-__all__ = ["Places", "token_places"]
+__all__ = ["Places", "cell_boxes", "token_grid", "token_places"]
 
 Grid = tuple[int, int]  # rows and columns
 
@@ -69,6 +69,33 @@ def token_places(layer: LayerAttention) -> Places:
         raise ValueError(f"{layer.name}: a map of {size[0]} x {size[1]} tokens is no even reduction of an image of "
                          f"{images[2]} x {images[3]} pixels")
     return places._replace(queries=places.queries * pixels, keys=places.keys * pixels)
+
+
+def token_grid(model: nn.Module, image: Sequence[int], count: int) -> Grid | None:
+    """Rows and columns of ``count`` patches of an image (height, width), if a model cuts it into so many; else None."""
+    embed = getattr(model, "patch_embed", None)
+    grid, patch = getattr(embed, "grid_size", None), getattr(embed, "patch_size", None)
+    if grid is not None and not getattr(embed, "dynamic_img_pad", False) and grid[0] * grid[1] == count:
+        return grid[0], grid[1]
+    steps = range(1, max(image) + 1)
+    if patch is not None:
+        steps = range(patch[0], patch[0] + 1)
+    for step in steps:
+        for rows, columns in ((-(-image[0] // step), -(-image[1] // step)), (image[0] // step, image[1] // step)):
+            if rows * columns == count:
+                return rows, columns
+    return None
+
+
+def cell_boxes(size: Sequence[int], cells: Sequence[int]) -> Tensor:
+    """Boxes of the cells that a map is pooled to, in its tokens, ``[cells, 4]``; they may overlap, as adaptive ones."""
+    edges = []
+    for side, count in zip(size, cells, strict=True):
+        number = torch.arange(count)
+        edges.append(torch.stack([number * side // count, -(-(number + 1) * side // count)], dim=1).float())
+    shape = len(edges[0]), len(edges[1]), 2
+    boxes = torch.cat([edges[0][:, None].expand(shape), edges[1][None].expand(shape)], dim=-1)
+    return boxes[..., [0, 2, 1, 3]].flatten(0, 1)
 
 
 def _unknown(layer: LayerAttention) -> ValueError:
@@ -128,9 +155,10 @@ def _all_tokens(layer: LayerAttention) -> tuple[Grid, Places]:
     prefix, size = 0, (shape[1], shape[2])
     if len(shape) == 3:
         prefix = int(getattr(layer.model, "num_prefix_tokens", 0))
-        found = _grid_of(layer, shape[1] - prefix)
+        image = layer.around[0][1][2:]
+        found = token_grid(layer.model, image, shape[1] - prefix)
         if found is None:
-            prefix, found = 0, _grid_of(layer, shape[1])
+            prefix, found = 0, token_grid(layer.model, image, shape[1])
         if found is None:
             raise _unknown(layer)
         size = found
@@ -142,22 +170,6 @@ def _all_tokens(layer: LayerAttention) -> tuple[Grid, Places]:
         others = "class token and head tokens"
     queries = boxes[:, :1] if prefix and maps.shape[2] == 1 else boxes
     return size, Places(queries, boxes, prefix, others)
-
-
-def _grid_of(layer: LayerAttention, count: int) -> Grid | None:
-    """Rows and columns of the patches, if there are so many."""
-    image, embed = layer.around[0][1][2:], getattr(layer.model, "patch_embed", None)
-    grid, patch = getattr(embed, "grid_size", None), getattr(embed, "patch_size", None)
-    if grid is not None and not getattr(embed, "dynamic_img_pad", False) and grid[0] * grid[1] == count:
-        return grid[0], grid[1]
-    steps = range(1, max(image) + 1)
-    if patch is not None:
-        steps = range(patch[0], patch[0] + 1)
-    for step in steps:
-        for rows, columns in ((-(-image[0] // step), -(-image[1] // step)), (image[0] // step, image[1] // step)):
-            if rows * columns == count:
-                return rows, columns
-    return None
 
 
 def _neighborhood(layer: LayerAttention) -> tuple[Grid, Places]:
@@ -250,15 +262,9 @@ def _summary(layer: LayerAttention) -> tuple[Grid, Places]:
 
 def _aggregated(layer: LayerAttention) -> tuple[Grid, Places]:
     module, size = layer.module, _map_of(layer)
-    edges = []
-    for side in size:  # of cells that may overlap, as in adaptive pooling
-        count = aggregated._cells(side, module.pool_ratio, module.pool_size)
-        number = torch.arange(count)
-        edges.append(torch.stack([number * side // count, -(-(number + 1) * side // count)], dim=1).float())
-    shape = len(edges[0]), len(edges[1]), 2
-    cells = torch.cat([edges[0][:, None].expand(shape), edges[1][None].expand(shape)], dim=-1)[..., [0, 2, 1, 3]]
+    cells = cell_boxes(size, tuple(aggregated._cells(side, module.pool_ratio, module.pool_size) for side in size))
     boxes = _boxes(size)
-    return size, Places(boxes[None], torch.cat([boxes, cells.flatten(0, 1)])[None])
+    return size, Places(boxes[None], torch.cat([boxes, cells])[None])
 
 
 def _crossed(layer: LayerAttention) -> tuple[Grid, Places]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops import agent_attention, pool_agents
 from ..ops.dispatch import exporting, numbers, transforming
 from ..ops.kept import keep
+from ..ops.sdpa import probabilities
 from .scripting import unscripted
 
 __all__ = ["AgentAttention", "BiasTables", "compose_bias", "resize"]
@@ -148,14 +149,33 @@ class AgentAttention(nn.Module):
         return f"num_heads={self.num_heads}, agents={self.agents}, agent_grid={self.agent_grid}"
 
     @unscripted
-    def _attend(self, qkv: Tensor, local: Tensor, height: int, width: int) -> Tensor:
-        size, prefix, dim = numbers((height, width)), self.num_prefix_tokens, qkv.shape[-1] // 3
+    def agent_maps(self, x: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """The two softmaxes of ``forward(x, size)``, for those who want to look at them.
+
+        Returns:
+            What every agent gathers, ``[batch, num_heads, agents, tokens]``, and what every token reads of the agents,
+            ``[batch, num_heads, tokens, agents]``. Agents are numbered row by row.
+        """
+        size = (x.shape[1], x.shape[2]) if size is None else size
+        parts = self._parts(self.qkv(x.flatten(1, -2)), size)
+        (q, k, _, agents), (agent_bias, query_bias) = (part.transpose(1, 2) for part in parts[:4]), parts[4:]
+        return probabilities(agents, k, agent_bias), probabilities(q, agents, query_bias)
+
+    @unscripted
+    def _parts(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Queries, keys, values and agents ``[batch, tokens, num_heads, head_dim]``, and the two biases."""
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        agents = pool_agents(qkv[:, prefix:, :dim].unflatten(1, size), self.agent_grid)
-        x = agent_attention(
-            q, k, v, agents.unflatten(-1, (self.num_heads, -1)),
-            compose_bias(self.agent_bias, size, self.agents, self.agent_grid, qkv.dtype),
-            compose_bias(self.query_bias, size, self.agents, self.agent_grid, qkv.dtype, agents_last=True)).flatten(2)
+        means = pool_agents(
+            qkv[:, self.num_prefix_tokens:, :qkv.shape[-1] // 3].unflatten(1, size), self.agent_grid)
+        return (q, k, v, means.unflatten(-1, (self.num_heads, -1)),
+                compose_bias(self.agent_bias, size, self.agents, self.agent_grid, qkv.dtype),
+                compose_bias(self.query_bias, size, self.agents, self.agent_grid, qkv.dtype, agents_last=True))
+
+    @unscripted
+    def _attend(self, qkv: Tensor, local: Tensor, height: int, width: int) -> Tensor:
+        prefix = self.num_prefix_tokens
+        q, k, v, agents, agent_bias, query_bias = self._parts(qkv, numbers((height, width)))
+        x = agent_attention(q, k, v, agents, agent_bias, query_bias).flatten(2)
         if torch.is_grad_enabled() or exporting() or transforming():
             return x + F.pad(local, (0, 0, prefix, 0))
         x[:, prefix:].add_(local)

@@ -128,6 +128,24 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         return f"num_heads={self.num_heads}, num_clusters={self.num_clusters}, assignment={self.assignment}"
 
     @unscripted
+    def clusters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries and keys that the clusters take in ``forward(x)`` in eval mode, to look at them.
+
+        Returns:
+            Two of ``[batch, num_heads, num_clusters, tokens of a cluster]``: numbers of tokens, row by row; -1 is an
+            empty place. A token may be taken by several clusters or by none.
+        """
+        q, k, _ = self.qkv(x).flatten(1, 2).chunk(3, dim=-1)
+        units = [unit_tokens(t.unflatten(-1, (self.num_heads, -1))) for t in (q, k)]
+        directions = F.normalize(self.centroids.to(units[0].dtype), dim=-1)
+        return self._members(*(cluster_scores(t, directions) for t in units))
+
+    def _members(self, q_scores: Tensor, k_scores: Tensor) -> tuple[Tensor, Tensor]:
+        window = _window(numbers(q_scores.shape[3:])[0], self.num_clusters)
+        take = assign_tokens if self.assignment == "capacity" else top_tokens
+        return take(q_scores, window), top_tokens(k_scores, window)
+
+    @unscripted
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Routed attention on maps ``[batch, height, width, dim]``."""
         height, width = numbers(q.shape[1:3])
@@ -149,9 +167,7 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
                 self._directions = directions
                 self.keep_auxiliary_loss("commitment", loss)
                 self._update(tokens.detach(), owners)
-        window = _window(height * width, self.num_clusters)
-        take = assign_tokens if self.assignment == "capacity" else top_tokens
-        x = kmeans_attention(q, k, v, take(q_scores, window), top_tokens(k_scores, window))
+        x = kmeans_attention(q, k, v, *self._members(q_scores, k_scores))
         return x.flatten(-2).unflatten(1, (height, width))
 
     def _update(self, tokens: Tensor, owners: Tensor) -> None:
