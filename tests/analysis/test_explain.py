@@ -3,6 +3,7 @@ import base64
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from visionattn import Predictor, cli
 from visionattn.analysis.explain import explain
 from visionattn.analysis.explain_page import Explained, _data, write_explanation
 from visionattn.analysis.looks import Look
+from visionattn.runtime.pixels import Decoding
 
 ONE_OF_EACH = list({family(name): name for name in reversed(SMALL)}.values())  # the first of every family
 
@@ -67,6 +69,16 @@ def test_images_that_cannot_be_looked_at(tmp_path, image, capsys):
     assert "no.png does not exist" in capsys.readouterr().err
     assert cli.main(["explain", "test_vit", str(image.parent)]) == 1
     assert "is not one image: give an image file" in capsys.readouterr().err
+
+
+def test_only_classifiers_in_pytorch_are_looked_into(image, tmp_path):
+    engine = SimpleNamespace(task=SimpleNamespace(model=make("test_dinat")))
+    detector = SimpleNamespace(engine=engine, task="detection", decoding=Decoding())
+    with pytest.raises(ValueError, match="runs/scenes is for detection, explain is for classifiers"):
+        explain([("runs/scenes", detector)], image, tmp_path)
+    exported = SimpleNamespace(engine=SimpleNamespace(), task="classification", decoding=Decoding())
+    with pytest.raises(ValueError, match=r"a\.onnx is an exported file"):
+        explain([("a.onnx", exported)], image, tmp_path)
 
 
 def test_the_docs_code_runs():

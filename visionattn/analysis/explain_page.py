@@ -218,7 +218,11 @@ class Panel {
     context.drawImage(this.image, 0, 0, this.canvas.width, this.canvas.height);
     this.status.textContent = look.why ? "Nothing is drawn: " + look.why + "." : "";
     if (look.why) return;
-    context.fillStyle = "rgba(0, 0, 0, 0.35)";
+    context.globalCompositeOperation = "saturation";  // to grey
+    context.fillStyle = "#888";
+    context.fillRect(0, 0, this.canvas.width, this.canvas.height);
+    context.globalCompositeOperation = "source-over";
+    context.fillStyle = "rgba(0, 0, 0, 0.3)";
     context.fillRect(0, 0, this.canvas.width, this.canvas.height);
     const head = Number(this.head.value), cells = new ImageData(look.grid[1], look.grid[0]);
     const fixed = this.query.value === "fixed";
@@ -252,9 +256,9 @@ class Panel {
       said = `From (${Math.round((left + right) / 2)}, ${Math.round((top + bottom) / 2)}) of ${this.width} x ` +
         `${this.height} pixels: `;
     }
-    const rest = look.others ? "; the rest: " + look.others : "";
+    const rest = look.others ? `, ${percent(sum)} in the image; the rest: ${look.others}` : "";
     this.status.textContent = look.title === "Grad-CAM" ? look.fixedName :
-      said + percent(most) + " on the brightest place, " + percent(sum) + " in the image" + rest;
+      said + percent(most) + " on the brightest place" + rest;
   }
   overlay(context, cells) {
     const small = document.createElement("canvas"), size = this.look.side * this.scale;

@@ -41,7 +41,7 @@ class Places(NamedTuple):
             image of a batch lie alike.
         keys: ``[windows, keys, 4]``.
         prefix: How many of the first queries are class tokens and the like.
-        others: What the keys without a place are; "" if all have one.
+        others: What the keys without a place are, or what else takes weight; "" if all is on keys that have one.
     """
 
     queries: Tensor
@@ -220,7 +220,8 @@ def _varied(layer: LayerAttention) -> tuple[Grid, Places]:
     module, size = layer.module, _map_of(layer)
     before, _, grid = varied_window._padding(size, module.window_size, module.rules == "vitae_dense")
     padded = grid[0] * module.window_size[0], grid[1] * module.window_size[1]
-    return _same(size, _boxes(padded, (-before[0], -before[1])))
+    boxes = _boxes(padded, (-before[0], -before[1]))[None]
+    return size, Places(boxes, boxes, others="samples beyond the map")
 
 
 def _stripes(layer: LayerAttention) -> tuple[Grid, Places]:
