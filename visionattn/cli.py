@@ -28,6 +28,7 @@ _COMMANDS = {
     "explain": _Command("visionattn.analysis.explain", "show where a model looks in an image: RUN|MODEL IMAGE; a page"),
     "adapters": _Command("visionattn.adapter_command", "list the adapters that fit trains, show or merge one of a run"),
     "recipes": _Command("visionattn.recipes", "list the recipes that fit takes by name, or print one to edit"),
+    "analyze": _Command("visionattn.analysis.analyze", "measure every head of attention of a model: RUN|MODEL DATA"),
     "compare": _Command("visionattn.compare", "show runs side by side: a table, and a picture of their curves"),
     "check-data": _Command("visionattn.data.check", "check a folder of data without training: table, faults, pictures"),
     "export": _Command("visionattn.export", "write a model as an ONNX file and check it"),
