@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import differentiated, no_autocast, standard_only
+from ..kept import keep, workspace
 from ..operator import operator
 from . import naive
 
@@ -214,15 +215,28 @@ def _is_finite(*results: Tensor) -> bool:
 
 
 def _mask(routes: Tensor, q: Tensor, k: Tensor, region_size: list[int], key_region_size: list[int]) -> Tensor:
-    """What is added to the scores of all tokens: minus infinity for regions that are not listed."""
+    """What is added to the scores of all tokens, until the next call: minus infinity for regions not listed."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    times = routes.new_zeros(*routes.shape[:3], routes.shape[2], dtype=dtype)
-    times.scatter_add_(3, routes.long(), torch.ones_like(routes, dtype=dtype))
-    mask = times.log_()  # a region that is listed twice counts twice in the softmax
-    for axis, x, size in ((3, k, key_region_size), (2, q, region_size)):  # whole rows last, they are copied faster
-        rows, columns = (torch.arange(x.shape[1 + i], device=q.device) // size[i] for i in range(2))
-        mask = mask.index_select(axis, (rows[:, None] * (x.shape[2] // size[1]) + columns).flatten())
-    return mask
+    times = routes.new_zeros(*routes.shape[:3], routes.shape[2])
+    times.scatter_add_(3, routes.long(), torch.ones_like(routes))
+    # A region that is listed twice counts twice in the softmax. (Logarithms of many zeros are slow.)
+    weights = torch.arange(routes.shape[3] + 1, dtype=dtype, device="cpu").log_()
+    mask = weights.index_select(0, times.flatten()).view_as(times)
+    # Whole rows last, they are copied faster.
+    mask = mask.gather(3, _regions(k, key_region_size).expand(*mask.shape[:3], -1))
+    rows = _regions(q, region_size)
+    shape = (*mask.shape[:2], len(rows), mask.shape[3])
+    return torch.index_select(mask, 2, rows, out=workspace(math.prod(shape), dtype).view(shape))
+
+
+def _regions(x: Tensor, region_size: list[int]) -> Tensor:
+    """The region of every token of a map."""
+    def make() -> Tensor:
+        rows, columns = (torch.arange(size, device="cpu") // side for size, side in zip(*key, strict=True))
+        return (rows[:, None] * (key[0][1] // key[1][1]) + columns).flatten()
+
+    key = tuple(x.shape[1:3]), tuple(region_size)
+    return keep("routed regions", key, make)
 
 
 def _tokens(x: Tensor) -> Tensor:
