@@ -1,6 +1,7 @@
-"""Writes what ``visionattn bench ops``, ``export``, ``kernels`` found as Markdown tables into a page, between marks.
+"""Writes what ``visionattn bench ops|attention|export|kernels`` found as Markdown tables into a page, between marks.
 
     python tools/write_measured_tables.py results/ops_cpu.csv docs/kernels.md
+    python tools/write_measured_tables.py results/attention_cpu.csv docs/kernels.md
     python tools/write_measured_tables.py results/export_speed_cpu.csv docs/export.md
     python tools/write_measured_tables.py results/kernels.csv docs/kernels.md
 """
@@ -9,9 +10,12 @@ from pathlib import Path
 
 from rows import read_rows, write_between
 
+from visionattn.bench.attention_command import attention_blocks
+
 __all__ = ["write_measured_tables"]
 
 MARKS = "<!-- measured tables -->", "<!-- end of measured tables -->"
+ATTENTION = "<!-- attention -->", "<!-- end of attention -->"
 KERNELS = "<!-- compiled kernels -->", "<!-- end of compiled kernels -->"
 
 
@@ -22,7 +26,8 @@ def write_measured_tables(source: Path, page: Path) -> None:
         ValueError: The page lacks the marks.
     """
     rows = read_rows(source)
-    write_between(page, *(KERNELS if "registers" in rows[0] else MARKS), [_tables(rows)])
+    marks = KERNELS if "registers" in rows[0] else ATTENTION if "pattern" in rows[0] else MARKS
+    write_between(page, *marks, [_tables(rows)])
 
 
 def _tables(rows: list[dict[str, str]]) -> str:
@@ -30,6 +35,8 @@ def _tables(rows: list[dict[str, str]]) -> str:
         return _exported(rows)
     if "registers" in rows[0]:
         return _compiled(rows)
+    if "pattern" in rows[0]:
+        return _attention(rows)
     blocks = []
     for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
         chosen = [row for row in rows if (row["op"], row["direction"]) == (op, direction)]
@@ -63,6 +70,19 @@ def _compiled(rows: list[dict[str, str]]) -> str:
                       *(cells.get(column, "-") for column in columns)])
     return (f"Triton {rows[0]['triton']}. Registers and spilled bytes of a thread, blocks that an SM holds:\n\n"
             + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def _attention(rows: list[dict[str, str]]) -> str:
+    blocks = [f"{_machine(rows[0])}; {rows[0]['dtype']}. Milliseconds, in brackets peak MiB:"]
+    cannot: dict[str, None] = {}
+    for title, (head, *lines), reasons in attention_blocks(rows):
+        blocks += [f"{title}:", "\n".join(
+            f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])]
+        pattern, _, direction = title.partition(" attention, ")
+        cannot |= dict.fromkeys(
+            f"- {name}, {pattern.lower()}" + (f", {direction}" if "backward" in reason else "") + f": {reason}"
+            for name, reason in reasons.items())
+    return "\n\n".join([*blocks, "Not measured:", "\n".join(cannot)])
 
 
 def _machine(row: dict[str, str]) -> str:

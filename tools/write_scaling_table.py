@@ -15,9 +15,10 @@ from pathlib import Path
 
 from rows import read_rows, write_between
 
+from visionattn.bench.efficiency import beats_from
 from visionattn.ops import cases
 
-__all__ = ["beats_from", "slope", "write_scaling_table"]
+__all__ = ["slope", "write_scaling_table"]
 
 START, END = "<!-- scaling table -->", "<!-- end of scaling table -->"
 DENSE = "dense_sdpa"
@@ -53,19 +54,6 @@ def write_scaling_table(sources: list[Path], page: Path) -> None:
 def slope(points: Points) -> float:
     """The exponent of the power of the tokens that the time grows as."""
     return statistics.linear_regression([math.log(n) for n in points], [math.log(ms) for ms in points.values()]).slope
-
-
-def beats_from(ours: Points, full: Points) -> float | None:
-    """The tokens from which ours takes less time up to the last measurement, 0 for all; None for none."""
-    gains = {n: math.log(full[n] / ours[n]) for n in sorted(ours.keys() & full.keys())}
-    slower = [n for n, gain in gains.items() if gain <= 0]
-    if not slower:
-        return 0.
-    after = [n for n in gains if n > slower[-1]]
-    if not after:
-        return None
-    low, high = slower[-1], after[0]
-    return low * (high / low) ** (gains[low] / (gains[low] - gains[high]))
 
 
 def _series(rows: list[dict[str, str]]) -> dict[str, tuple[Points, Points]]:

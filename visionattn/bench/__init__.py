@@ -1,8 +1,9 @@
-"""Measuring and explaining: ``visionattn backends`` and ``visionattn bench simulate|ops|export|train|data``.
+"""Measuring and explaining: ``visionattn backends`` and ``visionattn bench simulate|ops|attention|export|train|data``.
 
 ``backends`` asks every backend of every op what it can run here. ``simulate`` counts the tiles that a block-sparse
 kernel must visit and so bounds its speed-up over dense attention. ``ops`` times the ops and their peers, each after its
-result was checked. ``export`` times models in PyTorch and exported, ``train`` steps of training, ``data`` a loader
+result was checked. ``attention`` times them in four patterns of use, over lengths, and says from where they pay.
+``export`` times models in PyTorch and exported, ``train`` steps of training, ``data`` a loader
 beside the model that waits for it.
 """
 from .backends import backend_table

@@ -15,6 +15,7 @@ import torch
 from .. import ops as operations
 from ..ops import cases, dispatch
 from ..simulate import simulate
+from . import attention_command
 from .backends import backend_table
 from .exported import BATCHES, EXPORT_FORMS, benchmark_export, default_models, describe_export
 from .kernels import TARGETS, compile_kernels
@@ -27,8 +28,8 @@ __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...``, ``bench kernels ...``, ``bench export ...``,
-    ``bench train ...`` or ``bench data ...``."""
+    """Runs ``backends``, ``bench simulate ...``, ``bench ops ...``, ``bench attention ...``, ``bench kernels ...``,
+    ``bench export ...``, ``bench train ...`` or ``bench data ...``."""
     if argv[:2] == ["bench", "data"]:
         return _time_data(argv[2:])
     parser = argparse.ArgumentParser(prog="visionattn")
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
     ops.add_argument("--repeat", type=int, default=15, help="turns of every backend")
     ops.add_argument("--out", type=Path, help="CSV file (default: results/ops_DEVICE.csv)")
     ops.add_argument("--plot", action="store_true", help="draw time and memory of the scaling cases beside the CSV")
+
+    attention = attention_command.add_parser(bench)
 
     kernels = bench.add_parser("kernels", description=_summary(compile_kernels),
                                help="compile the Triton kernels for GPUs that need not be there",
@@ -109,6 +112,8 @@ def main(argv: list[str]) -> int:
         print(backend_table())
     elif args.subject == "simulate":
         _print_simulation(args)
+    elif args.subject == "attention":
+        attention_command.run(args, attention)
     elif args.subject == "kernels":
         _print_kernels(args, kernels)
     elif args.subject == "export":

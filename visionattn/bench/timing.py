@@ -18,7 +18,7 @@ from ..simulate import simulate
 from .machine import Machine, dtype_name, figure, synchronize
 from .peers import UNCHECKED, peers
 
-__all__ = ["DIRECTIONS", "benchmark", "peak_memory"]
+__all__ = ["DIRECTIONS", "benchmark", "compute_once", "peak_memory", "verify"]
 
 DIRECTIONS = ("forward", "forward+backward")
 _UNCHECKED = "computes something else, not checked"
@@ -92,11 +92,11 @@ def benchmark(
         if backend in UNCHECKED:
             wanted = {x: wanted[x] for x in "qkv"}
         upstream = None if grad is None else grad.to(dtype)
-        return (_compute_by_head if backend == "naive" and by_head else _compute)(runs[backend], wanted, upstream)
+        return (_compute_by_head if backend == "naive" and by_head else compute_once)(runs[backend], wanted, upstream)
 
     expected = compute("naive", torch.float32)
     notes = {
-        backend: _UNCHECKED if backend in UNCHECKED else _verify(functools.partial(compute, backend), expected, dtype)
+        backend: _UNCHECKED if backend in UNCHECKED else verify(functools.partial(compute, backend), expected, dtype)
         for backend in runs
     }
     if by_head and not notes["naive"]:
@@ -158,7 +158,7 @@ def _take_turns(works: Mapping[str, Callable[[], Any]], repeat: int, device: str
     return seconds
 
 
-def _compute(run: Callable, inputs: Mapping[str, Tensor], grad: Tensor | None) -> list[Tensor]:
+def compute_once(run: Callable, inputs: Mapping[str, Tensor], grad: Tensor | None) -> list[Tensor]:
     """The output and, with ``grad``, the gradients of all inputs."""
     if grad is None:
         with torch.no_grad():
@@ -175,7 +175,7 @@ def _outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 def _compute_by_head(run: Callable, inputs: Mapping[str, Tensor], grad: Tensor | None) -> list[Tensor]:
     """The same one head after the other, for what takes much memory."""
     parts = [
-        _compute(
+        compute_once(
             run, {name: x[h:h + 1] if name == "bias" else x[..., h:h + 1, :] for name, x in inputs.items()},
             None if grad is None else grad[..., h:h + 1, :])
         for h in range(inputs["q"].shape[-2])
@@ -184,7 +184,7 @@ def _compute_by_head(run: Callable, inputs: Mapping[str, Tensor], grad: Tensor |
     return [torch.cat(part, dim=0 if name == "bias" else -2) for name, part in joined]
 
 
-def _verify(work: Callable[[], list[Tensor]], expected: list[Tensor], dtype: torch.dtype) -> str:
+def verify(work: Callable[[], list[Tensor]], expected: list[Tensor], dtype: torch.dtype) -> str:
     """Runs once; returns why the result may not be timed, or an empty string."""
     try:
         actual = work()

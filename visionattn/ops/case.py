@@ -1,11 +1,30 @@
 """An example problem of an op: what it is called with, as data, for tests, benchmarks and tables of backends."""
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Case"]
+__all__ = ["CAUSAL", "CROSS", "PATTERNS", "PATTERN_WIDTH", "Case", "square"]
+
+# What attention is used for ("CAB: Comprehensive Attention Benchmarking on Long Sequence Modeling", ICML 2023): in a
+# causal pattern a query's result does not depend on what comes after it; in a cross pattern the keys are others.
+PATTERNS = ("noncausal_self", "causal_self", "noncausal_cross", "causal_cross")
+CAUSAL, CROSS = ("causal_self", "causal_cross"), ("noncausal_cross", "causal_cross")
+PATTERN_WIDTH = (8, 64)  # heads and channels of a head of the patterns' cases: the paper's width of 512
+
+
+def square(tokens: int) -> int:
+    """The side of a square map of so many tokens.
+
+    Raises:
+        ValueError: It is no square.
+    """
+    side = math.isqrt(tokens)
+    if side ** 2 != tokens:
+        raise ValueError(f"a square map has a square number of tokens, not {tokens}")
+    return side
 
 
 class Case(NamedTuple):

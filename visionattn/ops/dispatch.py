@@ -35,7 +35,8 @@ from .recording import current_recorder, unit_values
 __all__ = [
     "Backend", "BackendError", "Op", "any_problem", "cases", "cast_for_autocast", "chosen", "concrete",
     "differentiated", "empty_result", "explain", "exporting", "in_forward_mode", "larger", "no_autocast", "numbers",
-    "operations", "smaller", "standard_only", "transforming", "untraced", "use_backend", "wants_gradients",
+    "operations", "pattern_case", "smaller", "standard_only", "transforming", "untraced", "use_backend",
+    "wants_gradients",
 ]
 
 
@@ -81,6 +82,8 @@ class Op:
         cases: Example calls.
         for_probabilities: Takes the problem and the arguments of a call to those of the call whose result is the
             attention's probabilities: with unit vectors as values (but for ``value_dim``, which is settled here).
+        pattern_case: Takes one of :data:`visionattn.ops.case.PATTERNS` and a number of tokens (a square) to the call
+            that ``visionattn bench attention`` makes, or to the reason why the op cannot do the pattern.
     """
 
     def __init__(
@@ -89,10 +92,12 @@ class Op:
             backends: list[Backend],
             cases: Mapping[str, Case] | None = None,
             for_probabilities: Callable[..., tuple[Any, tuple[Any, ...]]] = _for_probabilities,
+            pattern_case: Callable[[str, int], Case | str] = lambda pattern, tokens: "its room does not say how",
     ):
         self.name = name
         self.cases = dict(cases or {})
         self.for_probabilities = for_probabilities
+        self.pattern_case = pattern_case
         self.backends = {backend.name: backend for backend in backends}
         self._names = {alias: backend for backend in backends for alias in (backend.name, *backend.aliases)}
         _OPS[name] = self
@@ -165,6 +170,17 @@ def operations() -> list[str]:
 def cases(op: str) -> dict[str, Case]:
     """Returns the example calls of the op called ``op`` by their names; each has the problem that it is."""
     return dict(_find(op).cases)
+
+
+def pattern_case(op: str, pattern: str, tokens: int) -> Case | str:
+    """Returns the call of the op called ``op`` in a pattern of attention, or the reason why it cannot do it.
+
+    Args:
+        op: ``"neighborhood_attention"``, ...
+        pattern: One of :data:`visionattn.ops.case.PATTERNS`.
+        tokens: Queries, a square number.
+    """
+    return _find(op).pattern_case(pattern, tokens)
 
 
 def explain(op: str, problem: Any) -> list[tuple[str, bool, str]]:

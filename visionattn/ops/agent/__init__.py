@@ -10,13 +10,15 @@ from torch import Tensor
 from ..checks import check_alike, check_sizes, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
 from . import fused, naive
-from .cases import CASES, AgentProblem
+from .cases import CASES, AgentProblem, pattern_case
 from .pooling import pool_agents
 
 __all__ = ["AgentProblem", "agent_attention", "pool_agents"]
 
 
-_op = Op("agent_attention", [Backend("fused", any_problem, fused.run), Backend("naive", any_problem, naive.run)], CASES)
+_op = Op(
+    "agent_attention", [Backend("fused", any_problem, fused.run), Backend("naive", any_problem, naive.run)], CASES,
+    pattern_case=pattern_case)
 
 
 def agent_attention(

@@ -3,9 +3,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case
 
-__all__ = ["CASES", "AgentProblem"]
+__all__ = ["CASES", "AgentProblem", "pattern_case"]
 
 
 class AgentProblem(NamedTuple):
@@ -68,3 +68,10 @@ CASES = {
     "small_biased": _case((2, 19, 2, 8), agents=17, agent_bias=True, query_bias=True, groups=_SMALL),
     "small_few_keys": _case((1, 33, 3, 8), agents=4, keys=7, query_bias=True, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CAUSAL:
+        return "agents are pooled from all queries, later ones among them"
+    return _case((1, tokens, *PATTERN_WIDTH), agents=49, keys=tokens // 2 if pattern in CROSS else None, groups=())

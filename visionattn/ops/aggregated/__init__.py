@@ -13,7 +13,7 @@ from ..checks import check_alike, check_sizes, checked_once, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from ..recording import unit_values
 from . import naive, shifted, triton_backend
-from .cases import CASES, AggregatedProblem
+from .cases import CASES, AggregatedProblem, pattern_case
 
 __all__ = ["AggregatedProblem", "aggregated_attention"]
 
@@ -40,7 +40,7 @@ _op = Op("aggregated_attention", [
     Backend("triton", triton_backend.supports, triton_backend.run, triton_support.automatic),
     Backend("shifted", any_problem, shifted.run),
     Backend("naive", any_problem, naive.run),
-], CASES, _for_probabilities)
+], CASES, _for_probabilities, pattern_case=pattern_case)
 
 
 def aggregated_attention(

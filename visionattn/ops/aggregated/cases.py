@@ -4,10 +4,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case, square
 from .naive import pairs
 
-__all__ = ["CASES", "AggregatedProblem"]
+__all__ = ["CASES", "AggregatedProblem", "pattern_case"]
 
 
 class AggregatedProblem(NamedTuple):
@@ -87,3 +87,12 @@ CASES = {
     "small_window": _case((2, 9, 6, 1, 8), pooled=5, kernel_size=5, groups=_SMALL),
     "small_window_is_larger": _case((1, 2, 3, 2, 8), pooled=1, kernel_size=7, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CROSS:
+        return "a window of keys lies around the query's own place in the map"
+    if pattern in CAUSAL:
+        return "a window is centred on its query, so that later keys are in it, and pooled keys are of the whole map"
+    return _case((1, square(tokens), square(tokens), *PATTERN_WIDTH), plain=True, groups=())

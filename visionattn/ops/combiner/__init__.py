@@ -12,7 +12,7 @@ from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result
 from ..recording import unit_values
 from . import blocked, naive
 from .blocked import row_attention
-from .cases import CASES, CombinerProblem
+from .cases import CASES, CombinerProblem, pattern_case
 
 __all__ = ["CombinerProblem", "combiner_attention", "row_attention"]
 
@@ -28,7 +28,8 @@ def _for_probabilities(
 
 
 _op = Op("combiner_attention", [
-    Backend("blocked", any_problem, blocked.run), Backend("naive", any_problem, naive.run)], CASES, _for_probabilities)
+    Backend("blocked", any_problem, blocked.run), Backend("naive", any_problem, naive.run)], CASES, _for_probabilities,
+    pattern_case=pattern_case)
 
 
 def combiner_attention(

@@ -3,10 +3,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case, square
 from .naive import entries
 
-__all__ = ["CASES", "CombinerProblem"]
+__all__ = ["CASES", "CombinerProblem", "pattern_case"]
 
 
 class CombinerProblem(NamedTuple):
@@ -34,8 +34,13 @@ def _pairs(pattern: str, size: tuple[int, int], window_size: tuple[int, int] | N
     """Pairs of a query and a key of one head; as :func:`naive.entries` counts them, where that takes no time."""
     rows, columns = size
     tokens = rows * columns
-    if causal or tokens < 1000:
+    if tokens < 1000 or (causal and pattern != "window"):
         return entries(pattern, size, window_size, causal)
+    if causal and window_size:
+        windows, rest = divmod(columns, window_size[1])
+        lengths = [window_size[1]] * windows + [rest]
+        # Spans, own tokens up to the query, summaries of earlier windows.
+        return tokens + sum(n * (n + 1) // 2 + n * earlier for earlier, n in enumerate(lengths))
     if pattern == "window":
         assert window_size is not None
         grid = [[min(side, length - start) for start in range(0, length, side)]
@@ -99,3 +104,14 @@ CASES = {
     "small_mixture_causal": _case((1, 4, 5, 2, 8), "mixture", causal=True, pool="max", groups=_SMALL),
     "small_logn": _case((2, 1, 17, 2, 8), "logn", groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CROSS:
+        return "windows and spans are of the sequence that the queries are in"
+    side = square(tokens)
+    if pattern in CAUSAL:  # the paper's fixed pattern: a sequence in windows as long as there are windows
+        return _case((1, 1, tokens, *PATTERN_WIDTH), window_size=(1, side), causal=True, groups=())
+    window = max(1, round(side ** 0.5))
+    return _case((1, side, side, *PATTERN_WIDTH), window_size=(window, window), groups=())

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import check_alike, check_sizes, checked_once, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import merged, naive
-from .cases import CASES, FactorizedProblem
+from .cases import CASES, FactorizedProblem, pattern_case
 from .tiles import merge_tiles
 
 __all__ = ["FactorizedProblem", "factorized_attention", "merge_tiles"]
@@ -18,7 +18,7 @@ __all__ = ["FactorizedProblem", "factorized_attention", "merge_tiles"]
 _op = Op("factorized_attention", [
     Backend("merged", any_problem, merged.run),
     Backend("naive", any_problem, naive.run),
-], CASES)
+], CASES, pattern_case=pattern_case)
 
 
 def factorized_attention(

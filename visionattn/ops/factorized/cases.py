@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..case import Case
+from ..case import CROSS, PATTERN_WIDTH, Case, square
 
-__all__ = ["CASES", "FactorizedProblem"]
+__all__ = ["CASES", "FactorizedProblem", "pattern_case"]
 
 
 class FactorizedProblem(NamedTuple):
@@ -60,3 +60,11 @@ CASES = {
     "small_few_keys": _case((2, 5, 4, 2, 8), dilations=(3,), window=3, key_size=(2, 1), groups=_SMALL),
     "small_tiles": _case((1, 15, 14, 4, 8), dilations=(1, 2), window=4, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern == "causal_self":
+        return "every key is a mean over tiles of the whole map"
+    side = square(tokens)
+    return _case((1, side, side, *PATTERN_WIDTH), key_size=(side // 2, side) if pattern in CROSS else None, groups=())

@@ -8,14 +8,14 @@ from torch import Tensor
 from ..checks import check_alike, check_sizes, checked_once, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import linear, naive
-from .cases import CASES, FlowProblem
+from .cases import CASES, FlowProblem, pattern_case
 
 __all__ = ["FlowProblem", "flow_attention"]
 
 _op = Op("flow_attention", [
     Backend("linear", any_problem, linear.run),
     Backend("naive", any_problem, naive.run),
-], CASES)
+], CASES, pattern_case=pattern_case)
 
 
 def flow_attention(

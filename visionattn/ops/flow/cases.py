@@ -3,9 +3,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..case import Case
+from ..case import CROSS, PATTERN_WIDTH, Case
 
-__all__ = ["CASES", "FlowProblem"]
+__all__ = ["CASES", "FlowProblem", "pattern_case"]
 
 
 class FlowProblem(NamedTuple):
@@ -58,3 +58,11 @@ CASES = {
     "small_other_keys": _case((2, 9, 3, 8), keys=33, eps_of_sums=True, groups=_SMALL),
     "small_causal": _case((2, 70, 2, 8), value_dim=4, is_causal=True, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern == "causal_cross":
+        return "what a key gives depends on all queries; on those so far, it would be another for every query"
+    return _case((1, tokens, *PATTERN_WIDTH), keys=tokens // 2 if pattern in CROSS else None,
+                 is_causal=pattern == "causal_self", groups=())

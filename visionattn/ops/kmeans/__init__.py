@@ -12,7 +12,7 @@ from ..checks import check_alike, check_sizes, checked_once, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from ..recording import unit_values
 from . import gathered, naive
-from .cases import CASES, KMeansProblem
+from .cases import CASES, KMeansProblem, pattern_case
 
 __all__ = ["KMeansProblem", "kmeans_attention"]
 
@@ -30,7 +30,7 @@ def _for_probabilities(
 _op = Op("kmeans_attention", [
     Backend("gathered", any_problem, gathered.run),
     Backend("naive", any_problem, naive.run),
-], CASES, _for_probabilities)
+], CASES, _for_probabilities, pattern_case=pattern_case)
 
 
 def kmeans_attention(

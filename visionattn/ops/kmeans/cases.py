@@ -4,9 +4,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case, square
 
-__all__ = ["CASES", "KMeansProblem"]
+__all__ = ["CASES", "KMeansProblem", "pattern_case"]
 
 
 class KMeansProblem(NamedTuple):
@@ -84,3 +84,12 @@ CASES = {
     "small_not_itself": _case((2, 24, 2, 8), clusters=3, window=8, mask_self=True, groups=_SMALL),
     "small_more_keys": _case((2, 24, 2, 8), clusters=3, window=8, memory=2, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CROSS:
+        return "a cluster's queries and keys are of one sequence"
+    if pattern in CAUSAL:
+        return "a cluster takes tokens of the whole sequence, and no mask of later ones is defined"
+    return _case((1, tokens, *PATTERN_WIDTH), clusters=square(tokens), window=square(tokens), groups=())

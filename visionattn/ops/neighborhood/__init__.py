@@ -14,7 +14,7 @@ from ..checks import check_alike, check_sizes, checked_once
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from ..recording import unit_values
 from . import halo, naive, natten_backend, triton_backend
-from .cases import CASES, NeighborhoodProblem
+from .cases import CASES, NeighborhoodProblem, pattern_case
 
 __all__ = ["NeighborhoodProblem", "neighborhood_attention"]
 
@@ -33,7 +33,7 @@ _op = Op("neighborhood_attention", [
     Backend("halo", any_problem, halo.run, aliases=("tiled",)),
     Backend("natten", natten_backend.supports, natten_backend.run),
     Backend("naive", any_problem, naive.run),
-], CASES, _for_probabilities)
+], CASES, _for_probabilities, pattern_case=pattern_case)
 
 
 def neighborhood_attention(

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case, square
 
-__all__ = ["CASES", "NeighborhoodProblem"]
+__all__ = ["CASES", "NeighborhoodProblem", "pattern_case"]
 
 
 class NeighborhoodProblem(NamedTuple):
@@ -115,3 +115,11 @@ CASES = {
     "small_more_keys": _case((2, 8, 9, 4, 8), kernel_size=3, kv_heads=2, additional=3, return_lse=True, groups=_SMALL),
     "small_window_is_map": _case((2, 7, 7, 2, 8), bias=True, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CROSS:
+        return "a window of keys lies around the query's own place in the map"
+    # On a causal axis, a query sees no key after it: what precedes (y, x) are the rows to y and the columns to x.
+    return _case((1, square(tokens), square(tokens), *PATTERN_WIDTH), is_causal=pattern in CAUSAL, groups=())

@@ -9,14 +9,14 @@ from torch import Tensor
 from ..checks import check_alike, check_sizes, checked_once, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import blocked, naive
-from .cases import CASES, ReversedProblem
+from .cases import CASES, ReversedProblem, pattern_case
 
 __all__ = ["ReversedProblem", "reversed_attention"]
 
 
 _op = Op(
     "reversed_attention", [Backend("blocked", any_problem, blocked.run), Backend("naive", any_problem, naive.run)],
-    CASES)
+    CASES, pattern_case=pattern_case)
 
 
 def reversed_attention(

@@ -3,9 +3,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case
 
-__all__ = ["CASES", "ReversedProblem"]
+__all__ = ["CASES", "ReversedProblem", "pattern_case"]
 
 
 class ReversedProblem(NamedTuple):
@@ -26,19 +26,20 @@ def _case(
         shape: tuple[int, int, int, int],
         value_dim: int | None = None,
         weighted: bool = True,
+        receivers: int | None = None,
         groups: tuple[str, ...] = ("families",),
 ) -> Case:
     """A case of queries ``[batch, senders, heads, head_dim]``."""
     batch, senders, heads, head_dim = shape
-    value_dim = value_dim or head_dim
+    value_dim, receivers = value_dim or head_dim, receivers or senders
     problem = ReversedProblem(
-        senders=senders, receivers=senders, heads=heads, head_dim=head_dim, value_dim=value_dim, dtype=torch.float32,
+        senders=senders, receivers=receivers, heads=heads, head_dim=head_dim, value_dim=value_dim, dtype=torch.float32,
         device="cpu")
     inputs: dict[str, tuple[int, ...]] = {
-        "q": shape, "k": shape, "v": (batch, senders, heads, value_dim)}
+        "q": shape, "k": (batch, receivers, heads, head_dim), "v": (batch, senders, heads, value_dim)}
     if weighted:
         inputs["weights"] = (batch, senders, heads)
-    return Case(problem, inputs, pairs=batch * heads * senders ** 2,
+    return Case(problem, inputs, pairs=batch * heads * senders * receivers,
                 summary="weights" if weighted else "no weights", groups=groups)
 
 
@@ -54,3 +55,12 @@ CASES = {
     "small": _case((2, 21, 2, 8), value_dim=4, groups=_SMALL),
     "small_no_weights": _case((2, 19, 2, 8), weighted=False, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CAUSAL:
+        return "a sender's softmax is over all receivers, later ones among them"
+    # Outputs are the receivers', whose part is that of queries elsewhere.
+    return _case((1, tokens // 2 if pattern in CROSS else tokens, *PATTERN_WIDTH), receivers=tokens, weighted=False,
+                 groups=())

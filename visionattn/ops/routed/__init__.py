@@ -13,7 +13,7 @@ from .. import triton_support
 from ..checks import check_alike, check_sizes, checked_once, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import gathered, naive, triton_backend
-from .cases import CASES, RoutedProblem
+from .cases import CASES, RoutedProblem, pattern_case
 
 __all__ = ["RoutedProblem", "routed_attention"]
 
@@ -22,7 +22,7 @@ _op = Op("routed_attention", [
     Backend("triton", triton_backend.supports, triton_backend.run, triton_support.automatic),
     Backend("gathered", gathered.supports, gathered.run),
     Backend("naive", any_problem, naive.run),
-], CASES)
+], CASES, pattern_case=pattern_case)
 
 
 def routed_attention(

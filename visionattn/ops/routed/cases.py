@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case, square
 
-__all__ = ["CASES", "RoutedProblem"]
+__all__ = ["CASES", "RoutedProblem", "pattern_case"]
 
 
 class RoutedProblem(NamedTuple):
@@ -83,3 +83,13 @@ CASES = {
     "small_weighted": _case((2, 8, 8, 2, 8), region_size=4, topk=2, weights=True, groups=_SMALL),
     "small_large_map": _case((1, 20, 20, 1, 8), region_size=2, topk=3, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CAUSAL:
+        return "a region's routes are of all its queries and list whole regions, later tokens among both"
+    side = square(tokens)
+    size = 2 if side <= 32 else 4  # about as many regions as the paper's N^(4/3) asks for
+    return _case((1, side, side, *PATTERN_WIDTH), region_size=size, topk=4, groups=(),
+                 key_region_size=(size, size // 2) if pattern in CROSS else None)

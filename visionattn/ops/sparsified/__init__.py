@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import check_alike, check_sizes, checked_once, known_range, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import gathered, masked, naive
-from .cases import CASES, SparsifiedProblem
+from .cases import CASES, SparsifiedProblem, pattern_case
 
 __all__ = ["SparsifiedProblem", "sparsified_attention"]
 
@@ -19,7 +19,7 @@ _op = Op("sparsified_attention", [
     Backend("masked", any_problem, masked.run, automatic=masked.pays),
     Backend("gathered", any_problem, gathered.run),
     Backend("naive", any_problem, naive.run),
-], CASES)
+], CASES, pattern_case=pattern_case)
 
 
 def sparsified_attention(

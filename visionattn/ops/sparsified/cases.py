@@ -4,9 +4,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case
 
-__all__ = ["CASES", "SparsifiedProblem"]
+__all__ = ["CASES", "SparsifiedProblem", "pattern_case"]
 
 
 class SparsifiedProblem(NamedTuple):
@@ -71,3 +71,11 @@ CASES = {
     "small": _case((2, 21, 2, 8), chosen=5, value_dim=4, groups=_SMALL),
     "small_shared": _case((2, 24, 3, 8), chosen=7, size=6, keys=19, groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CAUSAL:
+        return "64 queries share a list of keys, that of the first being that of the last"
+    keys = tokens // 2 if pattern in CROSS else tokens
+    return _case((1, tokens, *PATTERN_WIDTH), chosen=min(64, keys), size=64, keys=keys, groups=())

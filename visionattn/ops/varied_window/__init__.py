@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_alike, check_sizes, checked_once, shapes
 from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import naive, sampled
-from .cases import CASES, VariedWindowProblem
+from .cases import CASES, VariedWindowProblem, pattern_case
 
 __all__ = ["VariedWindowProblem", "varied_window_attention"]
 
@@ -19,7 +19,7 @@ __all__ = ["VariedWindowProblem", "varied_window_attention"]
 _op = Op("varied_window_attention", [
     Backend("sampled", any_problem, sampled.run),
     Backend("naive", any_problem, naive.run),
-], CASES)
+], CASES, pattern_case=pattern_case)
 
 
 def varied_window_attention(

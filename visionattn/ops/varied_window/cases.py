@@ -3,9 +3,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..case import Case
+from ..case import CAUSAL, CROSS, PATTERN_WIDTH, Case, square
 
-__all__ = ["CASES", "VariedWindowProblem"]
+__all__ = ["CASES", "VariedWindowProblem", "pattern_case"]
 
 
 class VariedWindowProblem(NamedTuple):
@@ -60,3 +60,12 @@ CASES = {
     "small_bias": _case((2, 8, 4, 2, 8), window=(4, 4), groups=_SMALL),
     "small_one_window": _case((1, 5, 5, 3, 8), window=(5, 5), groups=_SMALL),
 }
+
+
+def pattern_case(pattern: str, tokens: int) -> Case | str:
+    """The op in a pattern of attention at a number of tokens, or why it cannot do it."""
+    if pattern in CROSS:
+        return "a window's keys are sampled from the map that its queries are in"
+    if pattern in CAUSAL:
+        return "keys of a window are sampled anywhere, and all queries of it see all of them"
+    return _case((1, square(tokens), square(tokens), *PATTERN_WIDTH), window=(8, 8), bias=False, groups=())
