@@ -116,14 +116,15 @@ def test_parameters_and_flops(name):
     parameters, gmacs = VARIANTS[name]
     model = timm.create_model(name, device="meta").eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
-    # PyTorch also counts the products by which we pool agents and interpolate biases; the authors' tool does not.
+    # PyTorch also counts the products by which we pool unequal cells and interpolate biases, the authors' tool not.
     ours = 0
 
     def add(module, args, out):
         nonlocal ours
         height, width = args[1] if len(args) > 1 else out.shape[1:3]
         rows, columns = module.agent_grid
-        pooling = (height * columns * width + rows * height * columns) * out.shape[-1]
+        unequal = height % rows or width % columns  # cells, which two products pool
+        pooling = (height * columns * width + rows * height * columns) * out.shape[-1] if unequal else 0
         composing = 2 * module.num_heads * rows * columns * (7 * 7 * width + 7 * height * width)
         ours += pooling + composing
 

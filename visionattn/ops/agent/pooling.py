@@ -1,7 +1,9 @@
 """Agents pooled from a map: the means of its cells."""
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import exporting
 from ..kept import keep
 
 __all__ = ["pool_agents"]
@@ -20,8 +22,13 @@ def pool_agents(x: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         ``[batch, rows * columns, dim]``, row by row.
     """
-    rows, columns = (_cell_weights(size, cells, x) for size, cells in zip(x.shape[1:3], grid, strict=True))
-    # Two small products read a strided map as it is, and can be exported; PyTorch's pooling is slower and cannot.
+    sizes = list(zip(x.shape[1:3], grid, strict=True))
+    if not exporting() and not any(size % cells for size, cells in sizes):
+        cell = [size // cells for size, cells in sizes]
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), cell).flatten(2).transpose(1, 2)
+    rows, columns = (_cell_weights(size, cells, x) for size, cells in sizes)
+    # Two small products read a strided map as it is, and can be exported for maps of any size; PyTorch's pooling of
+    # unequal cells is slower and cannot.
     x = columns @ x
     return (rows @ x.flatten(2)).unflatten(2, x.shape[2:]).flatten(1, 2)
 
