@@ -323,22 +323,25 @@ def test_bench_export_times_what_is_right_and_writes_a_table_and_a_picture(monke
     first = type(timm.create_model("test_efficientvit_cga"))
     monkeypatch.setattr(exported, "export_onnx", export_another)
     out = tmp_path / "new" / "speed.csv"
-    assert main(["bench", "export", "--models", "test_efficientvit_cga", "test_agent_deit", "--forms", "onnxruntime",
-                 "onnxruntime_int8", "--threads", "1", "--repeat", "1", "--out", str(out)]) == 0
+    assert main(["bench", "export", "--models", "test_efficientvit_cga", "test_agent_deit", "--forms", "autocast",
+                 "onnxruntime", "onnxruntime_int8", "--threads", "1", "--repeat", "1", "--out", str(out)]) == 0
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["model"], row["form"], row["note"]) for row in rows] == [
-        ("test_efficientvit_cga", "eager", ""), ("test_efficientvit_cga", "onnxruntime", ""),
-        ("test_efficientvit_cga", "onnxruntime_int8", rows[2]["note"]), ("test_agent_deit", "eager", ""),
+        ("test_efficientvit_cga", "eager", ""), ("test_efficientvit_cga", "autocast", ""),
+        ("test_efficientvit_cga", "onnxruntime", ""), ("test_efficientvit_cga", "onnxruntime_int8", rows[3]["note"]),
+        ("test_agent_deit", "eager", ""), ("test_agent_deit", "autocast", ""),
         ("test_agent_deit", "onnxruntime", "wrong result"), ("test_agent_deit", "onnxruntime_int8", "wrong result")]
-    assert re.fullmatch(r"error 0\.0\d\d, 0 of \d+ layers float", rows[2]["note"])
-    for row in rows[4:]:
+    assert re.fullmatch(r"error 0\.0\d\d, 0 of \d+ layers float", rows[3]["note"])
+    for row in rows[6:]:
         assert row["latency_ms"] == row["peak_mib"] == ""
-    for row in rows[:4]:
+    limits = {"eager": 1e-4, "autocast": 0.1, "onnxruntime": 1e-4, "onnxruntime_int8": 0.2}
+    for row in rows[:6]:
         assert float(row["latency_ms"]) > 0
-        assert float(row["difference"]) < (0.2 if "int8" in row["form"] else 1e-4)
+        assert float(row["difference"]) < limits[row["form"]]
         assert 20 < float(row["peak_mib"]) < 4096
-    eager, onnx, int8, _ = rows[:4]
+    assert float(rows[1]["difference"]) > 1e-4  # it is no float32
+    eager, _, onnx, int8 = rows[:4]
     assert 0 < float(int8["disk_mib"]) < float(onnx["disk_mib"]) / 2
     assert (eager["latency_over_eager"], eager["batch_over_eager"]) == ("1", "1")
     ratio = float(onnx["latency_ms"]) / float(eager["latency_ms"])

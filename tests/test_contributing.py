@@ -46,8 +46,8 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("task", [
-    task if task == "classification" else pytest.param(task, marks=pytest.mark.slow) for task in FITS])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", list(FITS))
 def test_it_is_trained_and_exported(task, checkout, tmp_path):
     model, data, *options = FITS[task]
     scenes = data == "DigitScenesData"

@@ -22,6 +22,7 @@ def _demo(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "mine.txt").write_text("an earlier demo")

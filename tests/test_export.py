@@ -414,10 +414,9 @@ def test_photos_that_cannot_be_taken(tmp_path, monkeypatch):
     assert not (tmp_path / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("name", ["test_agent_deit", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in (
-        "test_agent_pvt", "test_agent_swin", "test_agent_cswin", "test_swin_vsa", "test_transnext",
-        "test_sparsifiner"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_agent_deit", "test_agent_pvt", "test_agent_swin", "test_agent_cswin",
+                                  "test_swin_vsa", "test_transnext", "test_sparsifiner"])
 def test_dynamic_size_of_models_with_tables(name, tmp_path):
     """Also the size that the tables are for, which needs no interpolation, is free."""
     import onnxruntime

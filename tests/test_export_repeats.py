@@ -110,6 +110,7 @@ def test_answers_of_blocks_are_maps_of_the_file(tmp_path):
     assert [value.name for value in onnx.load(tmp_path / "maps.onnx").graph.output] == ["map_0", "map_1", "map_2"]
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_captured_in_its_kinds(tmp_path: Path, monkeypatch):
     seen = []
     capture = graph._captured

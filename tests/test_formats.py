@@ -150,6 +150,7 @@ def test_what_a_format_cannot_have(model, tmp_path, monkeypatch):
         export.export_model(model, tmp_path / "model.pte", "executorch", dynamic_size=True)
 
 
+@pytest.mark.slow
 def test_simplified_and_in_float16(model, tmp_path, capsys):
     """Metadata and descriptions survive, answers too; the weights take half the room."""
     import onnxruntime

@@ -172,7 +172,7 @@ def _digits_note(rows: list[dict[str, str]]) -> str:
     first = rows[0]
     seeds = f"mean of {len(rows)} seeds" if len(rows) > 1 else "one seed"
     return (f"from scratch on scanned digits of {first['image_size']} pixels, {first['epochs']} epochs, "
-            f"{seeds}, {first['date']}")
+            f"{seeds}, {' and '.join(sorted({row['date'] for row in rows}))}")
 
 
 def _formats(rows: list[dict[str, str]], kept: str) -> dict[str, list[str]]:

@@ -88,7 +88,7 @@ def test_wrong_arguments_are_refused():
         adapters.attach(model, "onebit", width=3)
     for label in ("a.b", "", "head", "keys"):
         with pytest.raises(ValueError, match=f"an adapter cannot be called '{label}' here"):
-            adapters.attach(model, "onebit", label=label) if label else adapters.Adapter().attach(model, label)
+            adapters.adapter_class("onebit")().attach(model, label)
     adapters.attach(model, "onebit")
     with pytest.raises(ValueError, match="has an adapter 'onebit' already"):
         adapters.attach(model, "onebit")

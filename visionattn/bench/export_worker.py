@@ -1,6 +1,6 @@
 """A process that runs one form of a model, for :mod:`.exported`: so that its peak memory is that of this form alone.
 
-It is started by its path and imports no more than the form needs, PyTorch for eager and compiled models only. It
+It is started by its path and imports no more than the form needs, PyTorch for models in PyTorch only. It
 answers in lines of JSON: first how its logits differ from those that it was given, then, for every batch size that is
 read from standard input, the seconds of a run, and for ``memory`` the most bytes that it has had in memory.
 """
@@ -61,7 +61,7 @@ def _peak_memory() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def _eager(name: str, threads: int, compiled: bool = False) -> _Run:
+def _eager(name: str, threads: int, compiled: bool = False, autocast: bool = False) -> _Run:
     import timm
     import torch
 
@@ -73,10 +73,14 @@ def _eager(name: str, threads: int, compiled: bool = False) -> _Run:
     model = torch.compile(model, dynamic=False) if compiled else model
 
     def run(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images)).numpy()
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(torch.from_numpy(images)).float().numpy()
 
     return run
+
+
+def _autocast(name: str, threads: int) -> _Run:
+    return _eager(name, threads, autocast=True)
 
 
 def _compiled(name: str, threads: int) -> _Run:
@@ -102,8 +106,8 @@ def _openvino(file: str, threads: int) -> _Run:
     return lambda images: request.infer({0: images})[0]
 
 
-_FORMS = {"eager": _eager, "compiled": _compiled, "onnxruntime": _onnxruntime, "openvino": _openvino,
-          "onnxruntime_int8": _onnxruntime, "openvino_int8": _openvino}
+_FORMS = {"eager": _eager, "autocast": _autocast, "compiled": _compiled, "onnxruntime": _onnxruntime,
+          "openvino": _openvino, "onnxruntime_int8": _onnxruntime, "openvino_int8": _openvino}
 
 if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]

@@ -30,11 +30,12 @@ from .machine import cpu_name, figure, version
 
 __all__ = ["BATCHES", "EXPORT_FORMS", "benchmark_export", "default_models", "describe_export"]
 
-EXPORT_FORMS = ("eager", "compiled", "onnxruntime", "openvino", "onnxruntime_int8", "openvino_int8")
+EXPORT_FORMS = ("eager", "autocast", "compiled", "onnxruntime", "openvino", "onnxruntime_int8", "openvino_int8")
+_ROUGH = {"autocast", "onnxruntime_int8", "openvino_int8"}
 BATCHES = (1, 8)  # whose latency and whose throughput is measured
 _PEERS = ("swin_tiny_patch4_window7_224", "efficientvit_m5")  # timm's
 _TOLERANCE = 1e-3  # of logits, as a share of the largest: a route may hang on rounding
-_INT8_TOLERANCE = 0.3  # of files whose error in the mean is within the limit of the quantisation
+_ROUGH_TOLERANCE = 0.3  # in bfloat16, and of files whose error in the mean is within the limit of the quantisation
 _CALIBRATING = 8  # random images that calibrate, and as many that measure the error
 _PACKAGES = {"openvino": ["openvino"], "openvino_int8": ["openvino", "nncf"]}
 _WORKER = Path(__file__).with_name("export_worker.py")
@@ -59,7 +60,7 @@ def benchmark_export(
 
     Args:
         name: As of ``timm.create_model``.
-        forms: Of :data:`EXPORT_FORMS`; eager is always among them.
+        forms: Of :data:`EXPORT_FORMS`; eager is always among them, autocast is eager in bfloat16.
         threads: Of each form.
         repeat: Turns of every form, each of at least 0.1 s after an untimed run.
 
@@ -86,7 +87,7 @@ def benchmark_export(
             differences[form] = answer.get("difference")
             if "error" in answer:
                 notes[form] = answer["error"]
-            elif not answer["difference"] <= (_INT8_TOLERANCE if "int8" in form else _TOLERANCE):
+            elif not answer["difference"] <= (_ROUGH_TOLERANCE if form in _ROUGH else _TOLERANCE):
                 notes[form] = "wrong result"
             else:
                 right.append(form)
@@ -144,7 +145,7 @@ def _files(name: str, forms: Sequence[str], folder: Path) -> tuple[dict[str, str
     np.save(folder / "calibration.npy", torch.randn(2 * _CALIBRATING, *images.shape[1:], generator=generator).numpy())
     files, notes = {}, {}
     for form in forms:
-        if form in ("eager", "compiled"):
+        if form in ("eager", "autocast", "compiled"):
             files[form] = name
         elif form == "onnxruntime":
             files[form] = str(file)

@@ -3,7 +3,7 @@
 "Agent Attention: On the Integration of Softmax and Linear Attention" (arXiv 2312.08874), section 4.
 """
 import math
-from typing import Optional, Tuple, cast  # noqa: UP035 - TorchScript reads Optional and Tuple
+from typing import Any, Optional, Tuple, cast  # noqa: UP035 - TorchScript reads Optional and Tuple
 
 import torch
 import torch.nn.functional as F
@@ -157,29 +157,30 @@ class AgentAttention(nn.Module):
             ``[batch, num_heads, tokens, agents]``. Agents are numbered row by row.
         """
         size = (x.shape[1], x.shape[2]) if size is None else size
-        parts = self._parts(self.qkv(x.flatten(1, -2)), size)
+        parts = _parts(self, self.qkv(x.flatten(1, -2)), size)
         (q, k, _, agents), (agent_bias, query_bias) = (part.transpose(1, 2) for part in parts[:4]), parts[4:]
         return probabilities(agents, k, agent_bias), probabilities(q, agents, query_bias)
 
     @unscripted
-    def _parts(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Queries, keys, values and agents ``[batch, tokens, num_heads, head_dim]``, and the two biases."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        means = pool_agents(
-            qkv[:, self.num_prefix_tokens:, :qkv.shape[-1] // 3].unflatten(1, size), self.agent_grid)
-        return (q, k, v, means.unflatten(-1, (self.num_heads, -1)),
-                compose_bias(self.agent_bias, size, self.agents, self.agent_grid, qkv.dtype),
-                compose_bias(self.query_bias, size, self.agents, self.agent_grid, qkv.dtype, agents_last=True))
-
-    @unscripted
     def _attend(self, qkv: Tensor, local: Tensor, height: int, width: int) -> Tensor:
         prefix = self.num_prefix_tokens
-        q, k, v, agents, agent_bias, query_bias = self._parts(qkv, numbers((height, width)))
+        q, k, v, agents, agent_bias, query_bias = _parts(self, qkv, numbers((height, width)))
         x = agent_attention(q, k, v, agents, agent_bias, query_bias).flatten(2)
         if torch.is_grad_enabled() or exporting() or transforming():
             return x + F.pad(local, (0, 0, prefix, 0))
         x[:, prefix:].add_(local)
         return x
+
+
+# A function of a layer and no method, which the Python code of scripted modules would not find.
+def _parts(layer: Any, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Queries, keys, values and agents ``[batch, tokens, num_heads, head_dim]``, and the two biases."""
+    q, k, v = qkv.unflatten(-1, (3, layer.num_heads, -1)).unbind(2)
+    means = pool_agents(
+        qkv[:, layer.num_prefix_tokens:, :qkv.shape[-1] // 3].unflatten(1, size), layer.agent_grid)
+    return (q, k, v, means.unflatten(-1, (layer.num_heads, -1)),
+            compose_bias(layer.agent_bias, size, layer.agents, layer.agent_grid, qkv.dtype),
+            compose_bias(layer.query_bias, size, layer.agents, layer.agent_grid, qkv.dtype, agents_last=True))
 
 
 def compose_bias(

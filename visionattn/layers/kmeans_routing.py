@@ -138,12 +138,7 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         q, k, _ = self.qkv(x).flatten(1, 2).chunk(3, dim=-1)
         units = [unit_tokens(t.unflatten(-1, (self.num_heads, -1))) for t in (q, k)]
         directions = F.normalize(self.centroids.to(units[0].dtype), dim=-1)
-        return self._members(*(cluster_scores(t, directions) for t in units))
-
-    def _members(self, q_scores: Tensor, k_scores: Tensor) -> tuple[Tensor, Tensor]:
-        window = _window(numbers(q_scores.shape[3:])[0], self.num_clusters)
-        take = assign_tokens if self.assignment == "capacity" else top_tokens
-        return take(q_scores, window), top_tokens(k_scores, window)
+        return _members(self.assignment, *(cluster_scores(t, directions) for t in units))
 
     @unscripted
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -167,7 +162,7 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
                 self._directions = directions
                 self.keep_auxiliary_loss("commitment", loss)
                 self._update(tokens.detach(), owners)
-        x = kmeans_attention(q, k, v, *self._members(q_scores, k_scores))
+        x = kmeans_attention(q, k, v, *_members(self.assignment, q_scores, k_scores))
         return x.flatten(-2).unflatten(1, (height, width))
 
     def _update(self, tokens: Tensor, owners: Tensor) -> None:
@@ -196,6 +191,15 @@ class KMeansRoutingAttention(AuxiliaryLosses, nn.Module):
         self.centroids.copy_(torch.where(known[:, None, None], sums, self.centroids.to(sums.dtype)))
         self.cluster_sizes.copy_(
             torch.where(known[:, None], torch.where(dead, mean, sizes), self.cluster_sizes.to(sizes.dtype)))
+
+
+# A function and no method, which the Python code of scripted modules would not find.
+def _members(assignment: str, q_scores: Tensor, k_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of each cluster, of their scores ``[batch, num_heads, num_clusters, tokens]``."""
+    num_clusters, tokens = numbers(q_scores.shape[2:])
+    window = _window(tokens, num_clusters)
+    take = assign_tokens if assignment == "capacity" else top_tokens
+    return take(q_scores, window), top_tokens(k_scores, window)
 
 
 def _window(tokens: int, num_clusters: int) -> int:

@@ -19,7 +19,8 @@ def checked_once(check: Callable[..., T]) -> Callable[..., T]:
     """A function of positional arguments that is to look at shapes, dtypes and devices of tensors, never at values.
 
     Its result for arguments alike is the same and is kept, but where sizes may be symbols or tensors: in graphs and
-    traces, and for subclasses of tensors. What it raises is raised in every call.
+    traces, and for subclasses of tensors. What it raises is raised in every call. Nothing that is kept holds a tensor:
+    it is no memory that :func:`visionattn.ops.release_memory` would have to give back.
     """
     known: dict[tuple, T] = {}
 
