@@ -355,7 +355,7 @@ def test_bench_export_times_what_is_right_and_writes_a_table_and_a_picture(monke
     page.write_text("before\n<!-- measured tables -->\nold\n<!-- end of measured tables -->\nafter\n")
     subprocess.run([sys.executable, TOOLS / "write_measured_tables.py", out, page], check=True)
     text = page.read_text()
-    assert "| model | eager | onnxruntime | onnxruntime_int8 |" in text
+    assert "| model | eager | autocast | onnxruntime | onnxruntime_int8 |" in text
     assert f"{onnx['latency_ms']}; {onnx['images_per_s']} ({onnx['latency_over_eager']}" in text
 
 
