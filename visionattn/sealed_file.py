@@ -3,13 +3,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-__all__ = ["read_sealed", "write_sealed"]
+__all__ = ["read_sealed", "tensor_bytes", "write_sealed"]
 
 
 def write_sealed(path: str | Path, facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
@@ -69,10 +70,15 @@ def read_sealed(
     return facts, tensors
 
 
+def tensor_bytes(x: Tensor) -> Any:
+    """The bytes of a tensor's values, row by row, as an array that a digest takes."""
+    return x.contiguous().flatten().view(torch.uint8).numpy()
+
+
 def _digest(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Of all that a file says and holds."""
     digest = hashlib.sha256(json.dumps({key: facts[key] for key in sorted(facts) if key != "digest"}).encode())
     for key in sorted(tensors):
         digest.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
-        digest.update(tensors[key].contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        digest.update(tensor_bytes(tensors[key]))
     return digest.hexdigest()

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..dense import backbone_of
-from ..sealed_file import read_sealed, write_sealed
+from ..sealed_file import read_sealed, tensor_bytes, write_sealed
 from ._adapter import Adapter, active_label, adapters_of, backbone_state, head_state, remove, switch
 from ._registry import adapter_class
 
@@ -122,12 +121,8 @@ def _digests(state: dict[str, Tensor]) -> tuple[str, str]:
     for key in sorted(state):
         shapes.update(f"{key} {list(state[key].shape)}".encode())
         if state[key].is_floating_point():
-            weights.update(_bytes(state[key].detach().float().cpu()))
+            weights.update(tensor_bytes(state[key].detach().float().cpu()))
     return shapes.hexdigest()[:16], weights.hexdigest()[:16]
-
-
-def _bytes(x: Tensor) -> Any:
-    return x.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _name(model: Any) -> str:

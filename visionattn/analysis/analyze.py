@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -24,6 +24,7 @@ from .heads import find_heads
 from .importance import Ablation, ablate_heads, gradient_importance, loss_and_accuracy
 from .measures import Attended, measure_attention
 from .prune import inseparable_heads, least_important, prune_heads, save_pruned
+from .subject import add_model, model_of
 
 __all__ = ["analyze", "main"]
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
         prog="visionattn analyze", description="Shows of every head of a classifier's attention how much the answers "
         "depend on it and what it looks at: a table, pictures, and a page in which a head is picked. docs/looking.md "
         "has more.")
-    parser.add_argument("model", metavar="MODEL", help="folder or .ckpt of a run, or name of a model, timm's or ours")
+    add_model(parser)
     parser.add_argument("data", metavar="DATA", help=(
         "images by class, as of visionattn validate: those for validation are taken"))
     parser.add_argument("--images", type=int, default=64, metavar="N", help="how many of them (default: 64)")
@@ -49,8 +50,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--by", choices=["gradient", "ablation"], default="gradient", help=(
         "importance that --prune goes by (default: gradient)"))
     parser.add_argument("--out", default="analysis", metavar="FOLDER", help="for what is written (default: analysis)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="of a model's name: its weights")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     args = parser.parse_args(argv)
     predictor = Predictor(args.model, args.device, checkpoint=args.checkpoint)
     rows = analyze(args.model, predictor, args.data, args.out, args.images, args.batch, args.prune, args.by)
@@ -87,7 +86,9 @@ def analyze(
     """
     if images < 1 or batch < 1 or prune < 0:
         raise ValueError(f"images and batch must be 1 or more and prune 0 or more, got {images}, {batch} and {prune}")
-    model = _model_of(name, predictor)
+    model, engine = model_of(name, predictor), cast(Any, predictor.engine)
+    if predictor.task != "classification" or engine.meaning.thresholds is not None:
+        raise ValueError(f"{name} is no classifier with one class an image, which analyze is for")
     if prune:
         _choose({heads.name: torch.zeros(heads.count) for heads in find_heads(model)}, model, prune)  # or refuses
     x, labels, known = _read(predictor, model, root, images)
@@ -128,17 +129,6 @@ def analyze(
             layer: losses - ablation.loss for layer, losses in ablation.losses.items()}
         _prune(model, scores, prune, x, labels, batch, out)
     return rows
-
-
-def _model_of(name: str, predictor: Predictor) -> nn.Module:
-    engine: Any = predictor.engine
-    task = getattr(engine, "task", None)
-    model = getattr(engine, "model", None) if task is None else task.model
-    if model is None:
-        raise ValueError(f"{name} is an exported file, in which nothing can be looked at: give the run or the model")
-    if predictor.task != "classification" or engine.meaning.thresholds is not None:
-        raise ValueError(f"{name} is no classifier with one class an image, which analyze is for")
-    return model
 
 
 def _read(predictor: Predictor, model: nn.Module, root: str | Path, number: int) -> tuple[Tensor, Tensor, bool]:

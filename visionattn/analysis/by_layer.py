@@ -35,6 +35,12 @@ class LayerAttention:
         self.part = part
         self._offers: list[tuple[bool, Callable[[], Tensor]]] = []
 
+    @property
+    def image(self) -> tuple[int, int]:
+        """Height and width of the images that the model was given."""
+        height, width = self.around[0][1][2:]
+        return height, width
+
     @cached_property
     def maps(self) -> Tensor:
         """Its probabilities ``[batch, heads, queries, keys]``, as :func:`visionattn.layers.attention_maps` has them.

@@ -3,7 +3,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from .looks import Look, choose_layers, look_of
 from .panels import draw_clusters, draw_look
 from .pictures import draw_routes, draw_trees
 from .rollout import find_rollout
+from .subject import add_model, model_of
 
 __all__ = ["explain", "main"]
 
@@ -36,14 +37,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="visionattn explain", description="Shows where a classifier looks in an image: pictures, and a page in "
         "which the pointer chooses the query. docs/looking.md has more.")
-    parser.add_argument("model", metavar="MODEL", help="folder or .ckpt of a run, or name of a model, timm's or ours")
+    add_model(parser)
     parser.add_argument("image", metavar="IMAGE", help="an image file")
     parser.add_argument("--beside", metavar="MODEL", help="a second model, which the pointer moves too")
     parser.add_argument("--layers", choices=["last", "all"], default="last", help=(
         "the last of each stage, or all (default: last)"))
     parser.add_argument("--out", default="explain", metavar="FOLDER", help="for what is written (default: explain)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="of a model's name: its weights")
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     args = parser.parse_args(argv)
     _one_image(args.image)  # before models are loaded
     models = [(args.model, Predictor(args.model, args.device, checkpoint=args.checkpoint))]
@@ -93,14 +92,10 @@ def _one_image(image: str | Path) -> Item:
 
 
 def _explained(name: str, predictor: Predictor, image: Any, folder: Path, every: bool) -> Explained:
-    engine: Any = predictor.engine
-    task = getattr(engine, "task", None)
-    model: nn.Module | None = getattr(engine, "model", None) if task is None else task.model
-    if model is None:
-        raise ValueError(f"{name} is an exported file, in which nothing can be looked at: give the run or the model")
+    model, engine = model_of(name, predictor), cast(Any, predictor.engine)
     if predictor.task not in ("classification", "features"):
         raise ValueError(f"{name} is for {predictor.task}, explain is for classifiers: give its backbone by name")
-    settings = engine.config if task is None else engine.settings
+    settings = engine.settings if hasattr(engine, "task") else engine.config
     x = torch.as_tensor(engine.prepare(image))[None].to(engine.device)
     picture = _picture(x, settings)
     with torch.no_grad(), recorded_by_layer(model) as layers, inputs_of(model) as inputs:

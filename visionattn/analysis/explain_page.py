@@ -37,13 +37,14 @@ class Explained(NamedTuple):
 def write_explanation(path: Path, title: str, models: Sequence[Explained]) -> None:
     """Writes the page, of less than 10 MB: of large maps every second point, or larger cells, until they fit."""
     looks = [list(model.looks) for model in models]
-    while sum(_bytes(look) for of_model in looks for look in of_model) > _BUDGET:
-        of_model = max(looks, key=lambda of_model: max(map(_bytes, of_model), default=0))
-        number = max(range(len(of_model)), key=lambda number: _bytes(of_model[number]))
-        look = of_model[number]
+    sizes = {(i, number): _bytes(look) for i, of_model in enumerate(looks) for number, look in enumerate(of_model)}
+    while sum(sizes.values()) > _BUDGET:
+        i, number = largest = max(sizes, key=sizes.__getitem__)
+        look = looks[i][number]
         if min(look.weights.shape[1:3]) < 8 and min(look.weights.shape[3:]) < 8:
             break
-        of_model[number] = halved(look)
+        looks[i][number] = halved(look)
+        sizes[largest] = _bytes(looks[i][number])
     data = [{
         "picture": png_address(Image.fromarray((model.picture * 255).round().to(torch.uint8).numpy())),
         "size": list(model.picture.shape[:2]), "looks": [_data(look) for look in of_model],

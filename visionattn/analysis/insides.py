@@ -34,7 +34,7 @@ def find_agents(layer: LayerAttention, inputs: tuple[Any, ...]) -> list[Look]:
 
     An agent is the mean of the queries of a cell of the map, and is shown there.
     """
-    module, places, image = layer.module, token_places(layer), _image(layer)
+    module, places, image = layer.module, token_places(layer), layer.image
     x, *size = inputs
     height, width = size[0] if size else x.shape[1:3]
     pixels = float(places.keys[0, -1, 2] - places.keys[0, -1, 0])
@@ -69,7 +69,7 @@ def find_clusters(layer: LayerAttention, inputs: tuple[Any, ...]) -> Clusters:
     member = member[..., :tokens]
     owner = torch.where(member.any(dim=1), member.argmax(dim=1), -1).unflatten(1, x.shape[1:3])
     shared = (member.transpose(1, 2) @ member > 0).float()
-    return Clusters(owner, look_at(f"{layer.name}: clusters", shared[None], places, _image(layer)))
+    return Clusters(owner, look_at(f"{layer.name}: clusters", shared[None], places, layer.image))
 
 
 def find_windows(layer: LayerAttention, inputs: tuple[Any, ...], look: Look) -> Look:
@@ -83,8 +83,3 @@ def find_windows(layer: LayerAttention, inputs: tuple[Any, ...], look: Look) -> 
         ((edges[:, 0] / pixels).round().long() + first) // side
         for edges, first, side in zip((look.rows, look.columns), before, module.window_size, strict=True))
     return look._replace(windows=windows[row][:, column].permute(2, 0, 1, 3) * pixels)
-
-
-def _image(layer: LayerAttention) -> tuple[int, int]:
-    height, width = layer.around[0][1][2:]
-    return height, width

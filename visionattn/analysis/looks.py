@@ -86,8 +86,7 @@ def look_of(layer: LayerAttention) -> Look:
         return Look(title, why=str(error).removeprefix(f"{layer.name}: "))
     if places.keys.isnan().all():
         return Look(title, why=f"its keys have no place in the image: {places.others}")
-    height, width = layer.around[0][1][2:]
-    return look_at(title, layer.maps.detach(), places, (height, width))
+    return look_at(title, layer.maps.detach(), places, layer.image)
 
 
 def look_at(title: str, maps: Tensor, places: Places, image: tuple[int, int]) -> Look:

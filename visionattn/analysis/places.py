@@ -64,7 +64,7 @@ def token_places(layer: LayerAttention) -> Places:
     found, expected = layer.maps.shape, (images[0] * len(places.keys), places.queries.shape[1], places.keys.shape[1])
     if (found[0], *found[2:]) != expected:
         raise _unknown(layer)
-    pixels = _pixels(images[2:], size)  # type: ignore[arg-type]
+    pixels = _pixels(layer.image, size)
     if pixels is None:
         raise ValueError(f"{layer.name}: a map of {size[0]} x {size[1]} tokens is no even reduction of an image of "
                          f"{images[2]} x {images[3]} pixels")
@@ -155,10 +155,9 @@ def _all_tokens(layer: LayerAttention) -> tuple[Grid, Places]:
     prefix, size = 0, (shape[1], shape[2])
     if len(shape) == 3:
         prefix = int(getattr(layer.model, "num_prefix_tokens", 0))
-        image = layer.around[0][1][2:]
-        found = token_grid(layer.model, image, shape[1] - prefix)
+        found = token_grid(layer.model, layer.image, shape[1] - prefix)
         if found is None:
-            prefix, found = 0, token_grid(layer.model, image, shape[1])
+            prefix, found = 0, token_grid(layer.model, layer.image, shape[1])
         if found is None:
             raise _unknown(layer)
         size = found
@@ -203,11 +202,11 @@ def _swin(layer: LayerAttention) -> tuple[Grid, Places]:
     block, shape = layer.around[-2]
     if not isinstance(block, (swin_transformer.SwinTransformerBlock, swin_transformer_v2.SwinTransformerV2Block)):
         raise ValueError(f"{layer.name}: its windows are not those of a block of timm's Swin")
-    size, side, shift = shape[1:3], block.window_size, block.shift_size
+    size, side, shift = (shape[1], shape[2]), block.window_size, block.shift_size
     padded = _up(size[0], side[0]), _up(size[1], side[1])
     boxes = _boxes(padded).view(*padded, 4)  # padding comes after the shift
     boxes[:size[0], :size[1]] = boxes[:size[0], :size[1]].roll((-shift[0], -shift[1]), dims=(0, 1))
-    return _same(size, _cut(boxes, padded, side))  # type: ignore[arg-type]
+    return _same(size, _cut(boxes, padded, side))
 
 
 def _cascaded(layer: LayerAttention) -> tuple[Grid, Places]:

@@ -33,7 +33,7 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
 def find_rollout(layers: Sequence[LayerAttention]) -> Look:
     """The rollout of all layers of a model, or why there is none."""
     title = "attention rollout"
-    batch, _, height, width = layers[0].around[0][1]
+    batch = layers[0].around[0][1][0]
     if len({stage_of(layer.name) for layer in layers}) > 1:  # known before large maps are computed
         return Look(title, why="the layers of its stages have not the same tokens")
     maps = [layer.maps.detach().float() for layer in layers]
@@ -49,4 +49,4 @@ def find_rollout(layers: Sequence[LayerAttention]) -> Look:
         places = token_places(layers[-1])
     except ValueError as error:
         return Look(title, why=str(error))
-    return look_at(title, rollout(maps)[:, None], places, (height, width))
+    return look_at(title, rollout(maps)[:, None], places, layers[0].image)

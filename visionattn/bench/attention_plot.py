@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .attention import FULL, FULL_MATRIX
-from .efficiency import LEAST_R2, efficiency_length
+from .efficiency import LEAST_R2, measured_efficiency
 from .timing import DIRECTIONS
 
 __all__ = ["plot_attention"]
@@ -62,11 +62,9 @@ def _draw_fits(axis: Any, series: Mapping[str, Mapping[int, float]], measure: st
     """The fits of time beside full attention, of memory beside that with a matrix."""
     full = series.get(FULL if measure == "ms" else FULL_MATRIX, {})
     for number, (name, points) in enumerate(series.items()):
-        ours = {tokens: value for tokens, value in points.items() if tokens in full}
-        skip_first = int(measure == "ms")
-        if name in (FULL, FULL_MATRIX) or len(full) < 4 or len(ours) < 3:
+        fit = None if name in (FULL, FULL_MATRIX) else measured_efficiency(full, points, int(measure == "ms"))
+        if fit is None:
             continue
-        fit = efficiency_length(full, ours, skip_first)
         tokens = np.geomspace(min(full), max(full), 60)
         curves = [(fit.quadratic, "black")]
         if min(fit.r2_full, fit.r2_efficient) >= LEAST_R2:

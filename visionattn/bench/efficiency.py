@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["LEAST_R2", "Efficiency", "beats_from", "compositional_index", "efficiency_length"]
+__all__ = ["LEAST_R2", "Efficiency", "beats_from", "compositional_index", "efficiency_length", "measured_efficiency"]
 
 LEAST_R2 = 0.95  # below which a fit does not tell where the curves cross
 _LEAST_GROWTH = 0.2  # share of the quadratic term at the largest length below which growth is not quadratic
@@ -65,6 +65,14 @@ def efficiency_length(full: Points, efficient: Points, skip_first: int = 0) -> E
     linear, r2_efficient = _fit(efficient, shared[skip_first:], 1)
     length, summary = _crossing(full, efficient, quadratic, linear, min(r2_full, r2_efficient))
     return Efficiency(length, summary, quadratic, linear, r2_full, r2_efficient)
+
+
+def measured_efficiency(full: Points, other: Points, skip_first: int) -> Efficiency | None:
+    """:func:`efficiency_length` by the lengths at which both were measured; None where these are too few to tell."""
+    shared = {tokens: value for tokens, value in other.items() if tokens in full}
+    if len(full) < _LEAST_LENGTHS or len(shared) < 3:
+        return None
+    return efficiency_length(full, shared, skip_first)
 
 
 def beats_from(ours: Points, full: Points) -> float | None:
