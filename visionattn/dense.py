@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .models import DenseNorm, Family, family_of
 from .weights import check_name, check_unadapted, fitting, read_checkpoint, timm_model
 
-__all__ = ["DenseBackbone", "backbone_of"]
+__all__ = ["DenseBackbone", "backbone_of", "dense_backbone_of"]
 
 # Modules of timm whose authors' dense backbones put a norm on each map that they return; ours say it themselves.
 _TIMM_NORMS = dict.fromkeys(
@@ -98,8 +98,7 @@ class DenseBackbone(nn.Module):
         the right.
         """
         height, width = x.shape[2:]
-        if self.whole_patches:
-            x = F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
+        x = self.padded(x)
         try:
             maps = self.model.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
         except (AssertionError, RuntimeError) as error:
@@ -114,6 +113,12 @@ class DenseBackbone(nn.Module):
         if self.norms:
             maps = [self.norms[str(level)](x) for level, x in zip(self.out_indices, maps, strict=True)]
         return maps
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Normalised images as the timm model is given them: padded where it needs whole patches or blocks."""
+        if not self.whole_patches:
+            return x
+        return F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
 
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
@@ -228,7 +233,13 @@ class DenseBackbone(nn.Module):
 
 def backbone_of(model: nn.Module) -> Any:
     """The timm model in a segmenter or a detector; others are one themselves."""
-    return next((module.model for module in model.modules() if isinstance(module, DenseBackbone)), model)
+    found = dense_backbone_of(model)
+    return model if found is None else found.model
+
+
+def dense_backbone_of(model: nn.Module) -> DenseBackbone | None:
+    """The backbone of a segmenter or a detector; None in other models."""
+    return next((module for module in model.modules() if isinstance(module, DenseBackbone)), None)
 
 
 def _level_norm(kind: DenseNorm, level: int, channels: int, **dd: Any) -> nn.Module:

@@ -1,6 +1,6 @@
 """Models in PyTorch as predictors use them: those of training runs, and timm's by their names."""
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from .data.dense_transforms import resize_shorter, to_image
+from .dense import dense_backbone_of
 from .export.facts import facts, resize_rule
 from .runtime.engine import Engine, Meaning
 from .runtime.pixels import Decoding
@@ -124,15 +125,31 @@ class RunEngine(_TorchEngine):
         with self._running():
             if isinstance(self.task, ClassificationTask):
                 return _pooled(model, self._batch(prepared))
-            rows = []
+            rows, backbone = [], dense_backbone_of(model)
+            assert backbone is not None
             for one in prepared:
-                if isinstance(self.task, SegmentationTask):
-                    maps = model.features(one[None].to(self.device))
-                else:
-                    images, _ = model.transform([one.to(self.device)])
-                    maps = model.backbone.body(images.tensors)
+                maps = backbone(self.seen(one))
                 rows.append(maps[-1].float().mean(dim=(2, 3)).cpu().numpy())
             return np.concatenate(rows)
+
+    def seen(self, prepared: Any) -> Tensor:
+        """A prepared image as the backbone is given it, ``[1, C, H, W]``: normalised, a detector's also resized."""
+        model: Any = self.task.model
+        if isinstance(self.task, SegmentationTask):
+            return model.normalised(self._batch([prepared]))
+        if isinstance(self.task, DetectionTask):
+            return model.transform([prepared.to(self.device)])[0].tensors
+        return self._batch([prepared])
+
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation of the channels of :meth:`seen`, of images in [0, 1]."""
+        model: Any = self.task.model
+        if isinstance(self.task, SegmentationTask):
+            return model.mean.flatten().tolist(), model.std.flatten().tolist()
+        if isinstance(self.task, DetectionTask):
+            return model.transform.image_mean, model.transform.image_std
+        return self.settings["mean"], self.settings["std"]
 
     def _infer(self, prepared: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Logits of images of one size (width, height)."""
@@ -174,7 +191,16 @@ class ModelEngine(_TorchEngine):
 
     def prepare(self, image: AnyImage) -> Any:
         """As timm's evaluation does: ``[C, H, W]``, normalised."""
-        return normalised(resize_and_crop(image, self.config["resize"]), self.config["mean"], self.config["std"])
+        return normalised(resize_and_crop(image, self.config["resize"]), *self.normalisation)
+
+    def seen(self, prepared: Any) -> Tensor:
+        """A prepared image as the model is given it, ``[1, C, H, W]``."""
+        return self._batch([prepared])
+
+    @property
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation of the channels of :meth:`seen`, of images in [0, 1]."""
+        return self.config["mean"], self.config["std"]
 
     def answer(self, prepared: list[Any], sizes: list[tuple[int, int]], threshold: float | None) -> list[Any]:
         """Probabilities."""

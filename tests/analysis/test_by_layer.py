@@ -7,7 +7,8 @@ import torch
 
 from tests.layers.test_attention_maps import tiny
 from tests.models.test_families import images, make
-from visionattn.analysis import recorded_by_layer
+from visionattn.analysis import recorded_by_layer, token_places
+from visionattn.dense import DenseBackbone
 from visionattn.layers import attention_maps
 
 
@@ -34,6 +35,31 @@ def test_maps_are_of_their_layers(name, layers):
         assert torch.equal(layer.maps, maps)
         assert layer.maps.requires_grad
         assert layer.around[0] == (model, tuple(x.shape))
+
+
+@pytest.mark.parametrize(("name", "image"), [("test_dinat", (40, 50)), ("test_vit", (48, 64))])
+def test_a_dense_backbone_is_recorded_as_the_model_in_it(name, image):
+    body, x = DenseBackbone(name, "segmentation").eval(), images(1, 40, 50)
+    with torch.no_grad(), attention_maps(body) as expected:
+        plain = body(x)
+    with torch.no_grad(), recorded_by_layer(body) as layers:
+        assert all(map(torch.equal, body(x), plain))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in body.modules())
+    for layer, maps in zip(layers, expected, strict=True):
+        assert body.model.get_submodule(layer.name) is layer.module
+        assert layer.around[0] == (body.model, (1, 3, *image))  # padded to whole patches of 16
+        assert layer.count == maps.numel()
+        assert torch.equal(layer.maps, maps)
+    last = [48, 64] if name == "test_vit" else [96, 96]  # where a map of 2 x 2 is padded to a neighborhood of 3 x 3
+    assert token_places(layers[-1]).keys[0, -1, 2:].tolist() == last
+
+
+@pytest.mark.parametrize("name", ["test_transnext", "test_routing_vit", "test_favit", "test_agent_pvt"])
+def test_sizes_of_maps_are_known_before(name):
+    model = make(name)
+    with torch.no_grad(), recorded_by_layer(model) as layers:
+        model(images())
+    assert [layer.count for layer in layers] == [layer.maps.numel() for layer in layers]
 
 
 def test_heads_that_are_computed_one_after_the_other_are_one_map():

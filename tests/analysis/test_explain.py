@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
+from tests.data.images import coco_content, write_image, write_mask
 from tests.models.test_families import SMALL, family, images, make
 from tests.pages import act
+from tests.test_predict import RUNS, TRAINER
 from visionattn import Predictor, cli
 from visionattn.analysis.explain import explain
 from visionattn.analysis.explain_page import Explained, _data, write_explanation
@@ -71,11 +74,12 @@ def test_images_that_cannot_be_looked_at(tmp_path, image, capsys):
     assert "is not one image: give an image file" in capsys.readouterr().err
 
 
-def test_only_classifiers_in_pytorch_are_looked_into(image, tmp_path):
-    engine = SimpleNamespace(task=SimpleNamespace(model=make("test_dinat")))
-    detector = SimpleNamespace(engine=engine, task="detection", decoding=Decoding())
-    with pytest.raises(ValueError, match="runs/scenes is for detection, explain is for classifiers"):
-        explain([("runs/scenes", detector)], image, tmp_path)
+def test_what_cannot_be_looked_into(image, tmp_path):
+    model = SimpleNamespace(engine=SimpleNamespace(model=make("test_dinat")), names=["cat", "dog", "dog"],
+                            task="classification", decoding=Decoding())
+    for target, fault in (("emu", "m has no class emu: its classes are cat, dog"), ("dog", "m has 2 classes that are")):
+        with pytest.raises(ValueError, match=fault):
+            explain([("m", model)], image, tmp_path, target=target)
     exported = SimpleNamespace(engine=SimpleNamespace(), task="classification", decoding=Decoding())
     with pytest.raises(ValueError, match=r"a\.onnx is an exported file"):
         explain([("a.onnx", exported)], image, tmp_path)
@@ -103,6 +107,60 @@ def test_every_family(name, image, tmp_path):
     assert any("routes" in file for file in drawn) == (family(name) == "biformer")
     assert any("clusters" in file for file in drawn) == (family(name) == "routing_vit")
     assert any("agents" in file for file in drawn) == family(name).startswith("agent")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A short run of a segmenter and one of a detector."""
+    top = tmp_path_factory.mktemp("runs")
+    for split in ("train", "val"):
+        (top / "detection").mkdir(exist_ok=True)
+        (top / "detection" / f"{split}.json").write_text(json.dumps(coco_content(top / "detection" / split)))
+        for index in range(2):
+            write_image(top / "segmentation" / "images" / split / f"{index}.png", seed=index)
+            write_mask(top / "segmentation" / "masks" / split / f"{index}.png", seed=index)
+    for task in ("segmentation", "detection"):
+        config = yaml.safe_load(RUNS[task]) | {"trainer": TRAINER | {"default_root_dir": str(top / "runs" / task)}}
+        config["data"]["init_args"] |= {"root": str(top / task), "num_workers": 0}
+        (top / f"{task}.yaml").write_text(yaml.safe_dump(config))
+        assert cli.main(["fit", "--config", str(top / f"{task}.yaml")]) == 0
+    return top / "runs"
+
+
+LAYERS = [f"stages.{stage}.blocks.1.attn.png" for stage in range(4)]
+
+
+@pytest.mark.slow  # it trains
+@pytest.mark.parametrize(("task", "size"), [("segmentation", [48, 64]), ("detection", [64, 64])])
+def test_runs_of_dense_tasks(task, size, runs, image, tmp_path):
+    torch.manual_seed(0)
+    predictor = Predictor(runs / task)
+    page = explain([("run", predictor)], image, tmp_path / "one")
+    drawn = {file.name for file in (tmp_path / "one").glob("*.png")}
+    assert drawn >= {"answer.png", *LAYERS}
+    assert any(name.startswith("Grad-CAM") for name in drawn)
+    answer = np.asarray(Image.open(tmp_path / "one" / "answer.png"))
+    assert np.array_equal(answer, np.asarray(predictor(image).plot()))
+    found = json.loads(act(page, """
+        const picture = document.querySelector("figure img"), text = document.querySelector(".model p").textContent;
+        return {size: data[0].size, answer: [picture.naturalHeight, picture.naturalWidth], text,
+                looks: data[0].looks.map(look => [look.title, look.why])};"""))
+    assert found["size"] == size  # as the run prepares it: the shorter side is 48, a detector's padded to 32
+    assert found["answer"] == list(answer.shape[:2])
+    assert found["text"].startswith("It finds: ")
+    assert [title for title, why in found["looks"] if not why] == [
+        *(f"stages.{stage}.blocks.1.attn" for stage in (3, 2, 1, 0)),
+        *(f"Grad-CAM of stages.{stage}" for stage in (3, 2, 1, 0) if f"Grad-CAM_of_stages.{stage}.png" in drawn)]
+
+
+@pytest.mark.slow
+def test_a_classifier_beside_a_detector(runs, image, tmp_path):
+    torch.manual_seed(0)
+    models = [("test_dinat", Predictor("test_dinat", pretrained=False)), ("run", Predictor(runs / "detection"))]
+    found = json.loads(act(explain(models, image, tmp_path), MOVE))
+    assert found["moved"] == [True, True]
+    assert (tmp_path / "2_run" / "answer.png").is_file()
+    assert not (tmp_path / "1_test_dinat" / "answer.png").exists()
 
 
 MOVE = """

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.models.test_families import images, make
-from visionattn.analysis import Places, recorded_by_layer, token_places
+from visionattn.analysis import Places, looks, recorded_by_layer, token_places
 from visionattn.analysis.gradcam import find_grad_cam, grad_cam
 from visionattn.analysis.insides import find_agents, find_clusters, find_windows, inputs_of
 from visionattn.analysis.looks import choose_layers, halved, look_at, look_of
@@ -39,6 +39,16 @@ def test_weights_lie_where_the_keys_are():
     assert look.weights[0, 0, 0].sum() == 0
     assert look.fixed.tolist() == [[[0, 0.5], [0, 0]]]
     assert (look.fixed_name, look.others) == ("class token", "class token and padding around the map")
+
+
+def test_maps_that_are_too_large_are_not_computed(monkeypatch):
+    layers, _ = run(make("test_dependency_vit"))
+    monkeypatch.setattr(looks, "MOST_NUMBERS", layers[0].count)
+    assert look_of(layers[0]).why == ""
+    assert "tables of tokens by tokens would be" in find_rollout(layers).why  # of all layers at once
+    monkeypatch.setattr(looks, "MOST_NUMBERS", layers[1].count - 1)
+    assert "tables of tokens by tokens would be" in look_of(layers[1]).why
+    assert "maps" not in vars(layers[1])
 
 
 @pytest.mark.parametrize("name", ["test_dinat", "test_agent_swin", "test_transnext"])

@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.models.test_families import images, make
 from visionattn.analysis import recorded_by_layer, token_places
+from visionattn.dense import DenseBackbone
 from visionattn.layers import BiLevelRoutingAttention, NeighborhoodAttention2d, WindowAttention
 from visionattn.models.agent_cswin import StripeAttention
 
@@ -96,6 +97,16 @@ def test_keys_without_a_place_are_said_to_have_none():
     assert places["stages.0.blocks.0.attn", 0].keys[0, -1].tolist() == [32, 32, 64, 64]
     places = places_of(make("test_fcaformer"))["stages.2.blocks.2.attn", 0]
     assert places.keys[0].isnan().any(dim=1).tolist() == [False] * 16 + [True] * 2
+
+
+def test_windows_of_a_dense_backbone_shift_by_their_padding():
+    model = DenseBackbone("test_fcaformer", "segmentation", model_args=dict(window_sizes=(3, 3))).eval()
+    places = places_of(model)  # of 4 x 4 tokens in the third stage
+    corners = [places[f"stages.2.blocks.{block}.attn", 0].keys[0, 0].tolist() for block in (0, 1)]
+    assert corners == [[-32, -32, -16, -16], [0, 0, 16, 16]]
+    keys = places["stages.2.blocks.1.attn", 0].keys
+    assert keys[3, 0].tolist() == [48, 48, 64, 64]
+    assert keys[3].isnan().any(dim=1).tolist() == [False] * 9 + [True]
 
 
 def test_nothing_is_guessed():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dense import DenseBackbone, backbone_of
 from ..layers import CascadedGroupAttention
 from ..layers.attention_maps import offering_attention
 from ..ops.recording import Recorder
@@ -21,7 +22,7 @@ class LayerAttention:
     Attributes:
         name: Of the layer, as ``model.named_modules()`` has it.
         module: The layer: the innermost module that was running.
-        model: The model.
+        model: The model; of a dense backbone the timm model in it.
         around: The modules that were running, from the model to the layer, each with the shape of the first tensor that
             it was given.
         part: Counts the attentions that the layer ran, from 0.
@@ -34,12 +35,18 @@ class LayerAttention:
         self.around: list[tuple[Any, tuple[int, ...]]] = [(module, shape) for _, module, shape in around]
         self.part = part
         self._offers: list[tuple[bool, Callable[[], Tensor]]] = []
+        self._counts: list[Callable[[], int] | None] = []
 
     @property
     def image(self) -> tuple[int, int]:
-        """Height and width of the images that the model was given."""
+        """Height and width of the images that the model was given; those of a dense backbone with their padding."""
         height, width = self.around[0][1][2:]
         return height, width
+
+    @property
+    def count(self) -> int:
+        """How many numbers :attr:`maps` are, as far as that is known before they are computed."""
+        return sum(count() for count in self._counts if count is not None)
 
     @cached_property
     def maps(self) -> Tensor:
@@ -65,7 +72,7 @@ class _ByLayer(Recorder):
         self.running: list[tuple[str, nn.Module, Any]] = []
         self.found: list[LayerAttention] = []
 
-    def offer(self, compute: Callable[[], Tensor]) -> None:
+    def offer(self, compute: Callable[[], Tensor], count: Callable[[], int] | None = None) -> None:
         if not self.running:  # not the model's
             return
         module = self.running[-1][1]
@@ -76,6 +83,7 @@ class _ByLayer(Recorder):
             layer = LayerAttention(self.model, self.running, len(before))
             self.found.append(layer)
         layer._offers.append((torch.is_grad_enabled(), compute))
+        layer._counts.append(count)
 
 
 @contextmanager
@@ -92,19 +100,23 @@ def recorded_by_layer(model: nn.Module) -> Iterator[list[LayerAttention]]:
 
     Args:
         model: Any model, ours or timm's; run itself, not through ``forward_features``, as its input says how large the
-            images are. Once: of a second run the attentions would count as further parts of the layers.
+            images are. Once: of a second run the attentions would count as further parts of the layers. Of a segmenter
+            or a detector it is the :class:`visionattn.dense.DenseBackbone`, whose layers have the timm model's names.
 
     Raises:
         ValueError: The model is compiled or scripted.
     """
     layers: list[LayerAttention] = []
-    recorder, thread = _ByLayer(model), threading.get_ident()
+    inner: nn.Module = backbone_of(model) if isinstance(model, DenseBackbone) else model
+    recorder, thread = _ByLayer(inner), threading.get_ident()
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             if threading.get_ident() == thread:
                 given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-                recorder.running.append((name, module, () if given is None else tuple(given.shape)))
+                if isinstance(model, DenseBackbone) and not name and given is not None:
+                    given = model.padded(given)
+                recorder.running.append((name, module if name else inner, () if given is None else tuple(given.shape)))
         return hook
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -113,9 +125,10 @@ def recorded_by_layer(model: nn.Module) -> Iterator[list[LayerAttention]]:
 
     hooks = []
     try:
-        for name, module in model.named_modules():
-            hooks.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            hooks.append(module.register_forward_hook(leave, always_call=True))
+        for name, module in inner.named_modules():
+            called = module if name else model  # a dense backbone runs its model by another method than forward
+            hooks.append(called.register_forward_pre_hook(enter(name), with_kwargs=True))
+            hooks.append(called.register_forward_hook(leave, always_call=True))
         with offering_attention(model, recorder):
             yield layers
     finally:

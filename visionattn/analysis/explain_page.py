@@ -15,7 +15,8 @@ from .pages import png_address, write_page
 
 __all__ = ["Explained", "write_explanation"]
 
-_BUDGET = 6_500_000  # bytes of weights; a third more in the page
+_BUDGET = 6_500_000  # bytes of weights and pictures; a third more in the page
+_SIDE = 640  # of pictures at most, in pixels; the page shows them smaller
 
 
 class Explained(NamedTuple):
@@ -26,19 +27,24 @@ class Explained(NamedTuple):
         says: What the model says of the image; "" for nothing.
         picture: What the model sees, ``[height, width, 3]`` in [0, 1].
         looks: Where it looks.
+        answer: What it finds in the image, drawn; None of a classifier.
     """
 
     name: str
     says: str
     picture: Tensor
     looks: Sequence[Look]
+    answer: Image.Image | None = None
 
 
 def write_explanation(path: Path, title: str, models: Sequence[Explained]) -> None:
     """Writes the page, of less than 10 MB: of large maps every second point, or larger cells, until they fit."""
     looks = [list(model.looks) for model in models]
     sizes = {(i, number): _bytes(look) for i, of_model in enumerate(looks) for number, look in enumerate(of_model)}
-    while sum(sizes.values()) > _BUDGET:
+    seen = [_address(Image.fromarray((model.picture * 255).round().to(torch.uint8).numpy())) for model in models]
+    answers = ["" if model.answer is None else _address(model.answer) for model in models]
+    budget = _BUDGET - 3 * sum(map(len, seen + answers)) // 4
+    while sum(sizes.values()) > budget:
         i, number = largest = max(sizes, key=sizes.__getitem__)
         look = looks[i][number]
         if min(look.weights.shape[1:3]) < 8 and min(look.weights.shape[3:]) < 8:
@@ -46,13 +52,21 @@ def write_explanation(path: Path, title: str, models: Sequence[Explained]) -> No
         looks[i][number] = halved(look)
         sizes[largest] = _bytes(looks[i][number])
     data = [{
-        "picture": png_address(Image.fromarray((model.picture * 255).round().to(torch.uint8).numpy())),
-        "size": list(model.picture.shape[:2]), "looks": [_data(look) for look in of_model],
-    } for model, of_model in zip(models, looks, strict=True)]
-    body = "".join(
-        _MODEL.format(number=number, name=html.escape(model.name), says=html.escape(model.says))
-        for number, model in enumerate(models))
+        "picture": address, "size": list(model.picture.shape[:2]), "looks": [_data(look) for look in of_model],
+    } for model, address, of_model in zip(models, seen, looks, strict=True)]
+    body = ""
+    for number, (model, address) in enumerate(zip(models, answers, strict=True)):
+        name = html.escape(model.name)
+        answer = _ANSWER.format(name=name, address=address) if address else ""
+        below, beside = (answer, "") if len(models) > 1 else ("", answer)
+        body += _MODEL.format(number=number, name=name, says=html.escape(model.says), answer=below) + beside
     write_page(path, title, f'{_INTRODUCTION}<div class="models">{body}</div>', _SCRIPT, data, _STYLE)
+
+
+def _address(picture: Image.Image) -> str:
+    picture = picture.copy()
+    picture.thumbnail((_SIDE, _SIDE))
+    return png_address(picture)
 
 
 def _bytes(look: Look) -> int:
@@ -130,11 +144,18 @@ _MODEL = """
 <label>Heads <select class="head"></select></label>
 <label>Query <select class="query"></select></label></p>
 <canvas tabindex="0" aria-label="the image, and where {name} looks"></canvas>
-<p class="status" aria-live="polite"></p>
+<p class="status" aria-live="polite"></p>{answer}
 </section>
+"""
+_ANSWER = """
+<figure class="model">
+<figcaption>What {name} finds</figcaption>
+<img src="{address}" alt="what {name} finds">
+</figure>
 """
 _STYLE = """
   .models { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } .model { flex: 0 1 30rem; min-width: 0; }
+  figure { margin: 1.1rem 0; } figure img { width: 100%; }
   canvas { width: 100%; image-rendering: pixelated; cursor: crosshair; } select { font: inherit; max-width: 100%; }
   .choices label { display: block; margin: 0.2rem 0; } .status { min-height: 3em; color: #555; }
 """
@@ -258,7 +279,7 @@ class Panel {
         `${this.height} pixels: `;
     }
     const rest = look.others ? `, ${percent(sum)} in the image; the rest: ${look.others}` : "";
-    this.status.textContent = look.title === "Grad-CAM" ? look.fixedName :
+    this.status.textContent = look.title.startsWith("Grad-CAM") ? look.fixedName :
       said + percent(most) + " on the brightest place" + rest;
   }
   overlay(context, cells) {

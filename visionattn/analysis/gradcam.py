@@ -2,6 +2,7 @@
 
 "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization" (ICCV 2017, arXiv 1610.02391).
 """
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from .looks import Look
 from .places import token_grid
 
-__all__ = ["find_grad_cam", "grad_cam"]
+__all__ = ["captum_grad_cam", "find_grad_cam", "grad_cam", "look_of_cam"]
+
+TITLE = "Grad-CAM"
 
 
 def grad_cam(model: nn.Module, images: Tensor, labels: int | list[int]) -> Tensor:
@@ -32,12 +35,6 @@ def grad_cam(model: nn.Module, images: Tensor, labels: int | list[int]) -> Tenso
         ValueError: The model does not say which map is its last, or that is no map.
         ModuleNotFoundError: captum is missing.
     """
-    try:
-        captum = import_module("captum.attr")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "captum":
-            raise
-        raise ModuleNotFoundError("Grad-CAM needs the package captum: pip install visionattn[explain]") from None
     info = [entry for entry in getattr(model, "feature_info", ()) or () if entry.get("module")]
     if not info:
         raise ValueError(f"{type(model).__name__} has no feature_info, which would say where its last map is")
@@ -47,23 +44,50 @@ def grad_cam(model: nn.Module, images: Tensor, labels: int | list[int]) -> Tenso
             raise ValueError(f"{type(model).__name__} has one block, after which only its class token is read")
         classes = info[-2]
     probe = _Probe(model, model.get_submodule(classes["module"]), classes["num_chs"], images)
+    return captum_grad_cam(probe, probe.seen, images, labels)
+
+
+def captum_grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, labels: int | list[int] | None) -> Tensor:
+    """Grad-CAM of the map that ``layer`` gives, channels first.
+
+    Args:
+        model: Takes images to scores ``[batch, classes]``, or ``[batch]`` of which there are no labels to choose.
+        layer: A part of it.
+        images: ``[batch, channels, height, width]``.
+        labels: Classes, of all images or of each.
+
+    Returns:
+        ``[batch, rows, columns]``, 0 or more.
+
+    Raises:
+        ModuleNotFoundError: captum is missing.
+    """
+    try:
+        captum = import_module("captum.attr")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "captum":
+            raise
+        raise ModuleNotFoundError("Grad-CAM needs the package captum: pip install visionattn[explain]") from None
     with torch.enable_grad():
-        found = captum.LayerGradCam(probe, probe.seen).attribute(images, labels, relu_attributions=True)
+        found = captum.LayerGradCam(model, layer).attribute(images, labels, relu_attributions=True)
     return found[:, 0].detach()
 
 
 def find_grad_cam(model: nn.Module, images: Tensor, label: int, name: str) -> Look:
     """The Grad-CAM of one image as a look that depends on no point, or why there is none."""
-    title = "Grad-CAM"
     try:
-        cam = grad_cam(model, images, label)
+        return look_of_cam(grad_cam(model, images, label), images.shape[2:], name)
     except (ValueError, ModuleNotFoundError) as error:
-        return Look(title, why=str(error))
+        return Look(TITLE, why=str(error))
+
+
+def look_of_cam(cam: Tensor, image: Sequence[int], name: str, title: str = TITLE) -> Look:
+    """A map ``[1, rows, columns]`` of an image (height, width) as a look, ``name`` being what it speaks for."""
     if not cam.any():
-        return Look(title, why=f"nothing in the last map speaks for {name}")
-    side = 8 if max(images.shape[2:]) > 64 else 1  # it is smooth, so that larger cells show it as well
-    size = -(-images.shape[2] // side), -(-images.shape[3] // side)
-    cells = nn.functional.interpolate(cam[:, None], size=size, mode="bilinear")
+        return Look(title, why=f"nothing in this map speaks for {name}")
+    side = 8 if max(image) > 64 else 1  # it is smooth, so that larger cells show it as well
+    size = -(-image[0] // side), -(-image[1] // side)
+    cells = nn.functional.interpolate(cam[:, None], size=size, mode="bilinear").cpu()
     return Look(title, torch.zeros(1, 0, 0, *size), side=side, fixed=cells[:, 0], fixed_name=f"for {name}")
 
 

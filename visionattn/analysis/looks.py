@@ -10,11 +10,12 @@ from torch import Tensor
 from .by_layer import LayerAttention
 from .places import Places, token_places
 
-__all__ = ["Look", "choose_layers", "halved", "look_at", "look_of", "stage_of"]
+__all__ = ["Look", "choose_layers", "halved", "look_at", "look_of", "stage_of", "too_large"]
 
 MOST_ROWS = 28  # of queries, and of columns: points of the image that one can tell apart
 MOST_KEYS = 56
 MOST_LAYERS = 4  # of a model without stages
+MOST_NUMBERS = 1 << 29  # of a layer's maps, 2 GB; computing them takes up to four times as much
 
 
 class Look(NamedTuple):
@@ -77,9 +78,20 @@ def _block(name: str) -> str:
     return found[1] if found else name
 
 
+def too_large(*layers: LayerAttention) -> str:
+    """Why the maps of these layers cannot be in memory together; "" if they can."""
+    count = sum(layer.count for layer in layers)
+    if count <= MOST_NUMBERS:
+        return ""
+    return f"tables of tokens by tokens would be {4e-9 * count:.1f} GB, and {4e-9 * MOST_NUMBERS:.1f} GB are the most"
+
+
 def look_of(layer: LayerAttention) -> Look:
     """Where a layer looks; with the reason why nothing can be shown, if that is so."""
     title = layer.name if not layer.part else f"{layer.name} ({layer.part + 1})"
+    why = too_large(layer)
+    if why:
+        return Look(title, why=why)
     try:
         places = token_places(layer)
     except ValueError as error:

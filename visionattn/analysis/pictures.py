@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
+from ..dense import backbone_of
 from ..layers import BiLevelRoutingAttention, ReversedAttention, attention_maps
 
 __all__ = ["Routes", "Trees", "draw_routes", "draw_trees", "find_routes", "find_trees"]
@@ -84,7 +85,7 @@ def find_trees(model: nn.Module, images: Tensor) -> Trees:
     parent need not be the one that it sends most to. Layers after tokens were pruned are left out.
 
     Args:
-        model: A DependencyViT; it runs in eval mode and is put back as it was.
+        model: A DependencyViT, also as a dense backbone; it runs in eval mode and is put back as it was.
         images: As the model takes them.
 
     Raises:
@@ -93,7 +94,7 @@ def find_trees(model: nn.Module, images: Tensor) -> Trees:
     if not any(isinstance(module, ReversedAttention) for module in model.modules()):
         raise ValueError("the model has no reversed attention, from whose messages a tree is read")
     sizes: list[torch.Size] = []
-    embed: Any = model.patch_embed
+    embed: Any = backbone_of(model).patch_embed
     hook = embed.register_forward_hook(lambda module, inputs, out: sizes.append(out.shape[1:3]))
     training = model.training
     try:

@@ -24,6 +24,7 @@ from ..layers import (
 from ..models.agent_cswin import StripeAttention
 from ..models.datr import SpatialReductionAttention
 from ..models.dhvt import HeadInteractionAttention
+from ..models.fcaformer import FcaBlock
 from .by_layer import LayerAttention
 
 __all__ = ["Places", "cell_boxes", "token_grid", "token_places"]
@@ -268,10 +269,16 @@ def _aggregated(layer: LayerAttention) -> tuple[Grid, Places]:
 
 
 def _crossed(layer: LayerAttention) -> tuple[Grid, Places]:
-    size, boxes = _map_of(layer), _boxes(_map_of(layer))
-    extra = layer.maps.shape[3] - len(boxes)
-    keys = torch.cat([boxes, _nowhere(extra)])
-    return size, Places(boxes[None], keys[None], others="tokens of earlier blocks" if extra else "")
+    size, boxes = _map_of(layer), _boxes(_map_of(layer))[None]
+    block, shape = layer.around[-2]
+    if isinstance(block, FcaBlock) and block.window is not None:  # of dense backbones
+        size, side = (shape[1], shape[2]), block.window
+        padded = _up(size[0], side), _up(size[1], side)
+        first = (size[0] - padded[0], size[1] - padded[1]) if block.pads_front else (0, 0)
+        boxes = _cut(_boxes(padded, first), padded, (side, side))
+    extra = layer.maps.shape[3] - boxes.shape[1]
+    keys = torch.cat([boxes, _nowhere(extra).expand(len(boxes), extra, 4)], dim=1)
+    return size, Places(boxes, keys, others="tokens of earlier blocks" if extra else "")
 
 
 _KINDS: dict[type[nn.Module], Callable[[Any], tuple[Grid, Places]]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .by_layer import LayerAttention
-from .looks import Look, look_at, stage_of
+from .looks import Look, look_at, stage_of, too_large
 from .places import token_places
 
 __all__ = ["find_rollout", "rollout"]
@@ -36,6 +36,9 @@ def find_rollout(layers: Sequence[LayerAttention]) -> Look:
     batch = layers[0].around[0][1][0]
     if len({stage_of(layer.name) for layer in layers}) > 1:  # known before large maps are computed
         return Look(title, why="the layers of its stages have not the same tokens")
+    why = too_large(*layers)
+    if why:
+        return Look(title, why=why)
     maps = [layer.maps.detach().float() for layer in layers]
     sizes = list(dict.fromkeys((found.shape[2], found.shape[3]) for found in maps))
     if any(found.shape[0] != batch for found in maps):

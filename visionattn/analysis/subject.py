@@ -1,4 +1,4 @@
-"""The classifier that ``explain`` and ``analyze`` look into, as their command lines name it."""
+"""The model that ``explain`` and ``analyze`` look into, as their command lines name it."""
 import argparse
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from ..predictor import Predictor
 
-__all__ = ["add_model", "model_of"]
+__all__ = ["add_model", "label_of", "model_of"]
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -32,3 +32,23 @@ def model_of(name: str, predictor: Predictor) -> nn.Module:
     if model is None:
         raise ValueError(f"{name} is an exported file, in which nothing can be looked at: give the run or the model")
     return model
+
+
+def label_of(name: str, predictor: Predictor, target: str) -> int:
+    """The place of a class among those of a model, from 0 on.
+
+    Args:
+        name: Of the model, as it is shown.
+        predictor: Of it.
+        target: Name of the class.
+
+    Raises:
+        ValueError: There is no such class, or several are called so.
+    """
+    names = predictor.names
+    if names.count(target) == 1:
+        return names.index(target)
+    if target in names:
+        raise ValueError(f"{name} has {names.count(target)} classes that are called {target}")
+    shown = f"its classes are {', '.join(names[:10])}{' ...' * (len(names) > 10)}" if names else "it has no classes"
+    raise ValueError(f"{name} has no class {target}: {shown}")

@@ -55,9 +55,13 @@ class Segmenter(nn.Module):
         for name, values in zip(("mean", "std"), backbone.normalisation, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the backbone is given of ``images [B, C, H, W]`` in [0, 1]."""
+        return (images - self.mean) / self.std
+
     def features(self, images: Tensor) -> list[Tensor]:
         """The backbone's maps of ``images [B, C, H, W]`` in [0, 1]."""
-        return self.backbone((images - self.mean) / self.std)
+        return self.backbone(self.normalised(images))
 
     def forward(self, images: Tensor, maps: bool = False) -> Any:
         """Logits ``[B, classes, H, W]`` of ``images [B, C, H, W]`` in [0, 1].

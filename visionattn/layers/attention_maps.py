@@ -139,7 +139,7 @@ class _Watch(TorchFunctionMode):
             return probabilities(query, k, mask, scale)
 
         if not dropout_p:
-            self.recorder.offer(lambda: _by_head(compute()))
+            self.recorder.offer(lambda: _by_head(compute()), lambda: query.shape[:-1].numel() * key.shape[-2])
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         weights = F.dropout(compute(), dropout_p)

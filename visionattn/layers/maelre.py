@@ -91,7 +91,8 @@ def _linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Linear attention ``[batch, heads, tokens, dim]`` of the same."""
     recorder = current_recorder()
     if recorder is not None:
-        recorder.offer(lambda: q.softmax(dim=-1) @ k.softmax(dim=-2).transpose(-2, -1))
+        recorder.offer(lambda: q.softmax(dim=-1) @ k.softmax(dim=-2).transpose(-2, -1),
+                       lambda: q.shape[:-1].numel() * k.shape[-2])
         with recorder.paused():
             return _linear(q, k, v)
     dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)

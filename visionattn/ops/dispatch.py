@@ -109,7 +109,7 @@ class Op:
         """
         recorder = current_recorder()
         if recorder is not None:
-            recorder.offer(lambda: self._probabilities(problem, args))
+            recorder.offer(lambda: self._probabilities(problem, args), lambda: self._count(problem, args))
             with recorder.paused():
                 return self.run(problem, backend, *args)
         run = self.choose(problem, backend).run
@@ -124,6 +124,12 @@ class Op:
         found = self.run(problem._replace(value_dim=args[2].shape[-1]), None, *args)
         weights = found[0] if isinstance(found, tuple) else found
         return weights.flatten(1, -3).transpose(1, 2)
+
+    def _count(self, problem: Any, args: tuple[Any, ...]) -> int:
+        """How many numbers the probabilities of a call are."""
+        shapes = (x.to("meta") if isinstance(x, Tensor) else x for x in args)
+        keys: int = self.for_probabilities(problem, *shapes)[1][2].shape[-1]
+        return args[0].shape[:-1].numel() * keys
 
     def choose(self, problem: Any, backend: str | None = None) -> Backend:
         """Returns the backend that runs ``problem``.

@@ -25,8 +25,13 @@ class Recorder:
         self.last = last
         self._offers: list[tuple[bool, Callable[[], Tensor]]] = []
 
-    def offer(self, compute: Callable[[], Tensor]) -> None:
-        """Takes a function that gives probabilities ``[batch, heads, queries, keys]``."""
+    def offer(self, compute: Callable[[], Tensor], count: Callable[[], int] | None = None) -> None:
+        """Takes a function that gives probabilities ``[batch, heads, queries, keys]``.
+
+        Args:
+            compute: The function.
+            count: How many numbers that gives, without computing them; None where it is not known.
+        """
         if self.last:
             self._offers.clear()
         self._offers.append((torch.is_grad_enabled(), compute))

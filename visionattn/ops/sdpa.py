@@ -33,7 +33,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: flo
     """
     recorder = current_recorder()
     if recorder is not None:
-        recorder.offer(lambda: probabilities(q, k, mask, scale))
+        recorder.offer(lambda: probabilities(q, k, mask, scale), lambda: q.shape[:-1].numel() * k.shape[-2])
         with recorder.paused():
             return sdpa(q, k, v, mask, scale)
     if transforming() or in_forward_mode(q, k, v, mask):
