@@ -161,6 +161,9 @@ def test_a_classifier_beside_a_detector(runs, image, tmp_path):
     assert found["moved"] == [True, True]
     assert (tmp_path / "2_run" / "answer.png").is_file()
     assert not (tmp_path / "1_test_dinat" / "answer.png").exists()
+    thin = write_image(tmp_path / "thin.png", (1000, 3))
+    with pytest.raises(ValueError, match=r"thin\.png cannot be used: Input and output sizes"):
+        explain(models[1:], thin, tmp_path)
 
 
 MOVE = """

@@ -103,23 +103,25 @@ def _explained(
         target: str | None) -> Explained:
     whole, engine = model_of(name, predictor), cast(Any, predictor.engine)
     label = None if target is None else label_of(name, predictor, target)
-    dense, prepared = dense_backbone_of(whole), engine.prepare(image)
+    dense, answer = dense_backbone_of(whole), None
+    if dense is not None:
+        (_, answer, fault), = predictor.predicted([item])
+        if answer is None:
+            raise ValueError(f"{item.file} cannot be used: {fault}")
+    prepared = engine.prepare(image)
     with torch.no_grad():
         x = engine.seen(prepared)
         x = x if dense is None else dense.padded(x)
     model, picture = whole if dense is None else dense, _picture(x, *engine.normalisation)
     with torch.no_grad(), recorded_by_layer(model) as layers, inputs_of(model) as inputs:
         scores = model(x)
-    looks, says, answer = [], "", None
+    looks, says = [], ""
     if predictor.task == "classification":
         best = int(scores[0].argmax())
         label = best if label is None else label
         says = f"It says: {predictor.names[best]}."
         looks.append(find_grad_cam(model, x, label, predictor.names[label]))
-    elif dense is not None:
-        (_, answer, fault), = predictor.predicted([item])
-        if answer is None:
-            raise ValueError(f"{item.file} cannot be used: {fault}")
+    elif answer is not None:
         says = says_of(answer, engine.task)
         looks += find_dense_grad_cams(engine.task, prepared, x, answer, label)
         answer.save(folder / "answer.png")
