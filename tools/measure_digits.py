@@ -38,8 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 # Their own sizes of patches and neighborhoods are for 224 pixels: here the maps would be mostly padding.
 MODELS["dinat_s_tiny"]["dilations"] = ((1, 2), (1, 1), (1, 1), (1, 1))
 MODELS["dinat_iso_small"] |= {"patch_size": 8, "kernel_size": 3}
-# Its first phase is for weights of a trained DeiT: here the second one, of the chosen keys alone, starts from nothing.
-MODELS["test_sparsifiner"] |= {"reconstruct": False, "global_pool": "avg"}
+MODELS["test_sparsifiner"] = {}  # the second phase alone, with chosen keys, from nothing
 MODELS["test_modular_vit"] = {}  # with its routers' noise, which tests go without
 START, END = "<!-- measured digits -->", "<!-- end of measured digits -->"
 

@@ -11,6 +11,7 @@ import torch
 from tests.models.test_families import images, make
 from visionattn.layers import SparsifiedAttention, attention_maps, auxiliary_losses
 from visionattn.layers.sparsified import guess_attention, resize_factors, score_keys
+from visionattn.models.sparsifiner import family
 
 SIZES = {"sparsifiner_deit_tiny": 5_918_632, "sparsifiner_deit_small": 22_251_880, "test_sparsifiner": 180_904}
 DEIT = dict(img_size=64, patch_size=8, embed_dim=48, depth=4, num_heads=3)  # what test_sparsifiner is
@@ -97,7 +98,8 @@ def deit():
 def from_deit(deit, **options):
     torch.manual_seed(1)
     return timm.create_model(
-        "test_sparsifiner", pretrained=True, pretrained_cfg_overlay=dict(state_dict=deit.state_dict()), **options, **D)
+        "test_sparsifiner", pretrained=True, pretrained_cfg_overlay=dict(state_dict=deit.state_dict()),
+        **family.small["test_sparsifiner"], **options, **D)
 
 
 @torch.no_grad()
@@ -126,7 +128,8 @@ def test_weights_go_into_models_for_other_image_sizes(deit):
     source, x = make("test_sparsifiner").double(), images(1, 48, 80).double()
     overlay = dict(state_dict=source.state_dict())
     model = timm.create_model(
-        "test_sparsifiner", pretrained=True, pretrained_cfg_overlay=overlay, img_size=(48, 80), **D).eval()
+        "test_sparsifiner", pretrained=True, pretrained_cfg_overlay=overlay, img_size=(48, 80),
+        **family.small["test_sparsifiner"], **D).eval()
     torch.testing.assert_close(model(x), source(x))
     state_dict = source.state_dict()
     del state_dict["blocks.1.attn.predictor.up"]
