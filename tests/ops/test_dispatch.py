@@ -9,7 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tools import load_tool
 from visionattn import ops
-from visionattn.ops import BackendError, dispatch, explain, neighborhood_attention, routed_attention, use_backend
+from visionattn.ops import (
+    BackendError,
+    agent_attention,
+    dispatch,
+    explain,
+    neighborhood_attention,
+    routed_attention,
+    use_backend,
+)
+from visionattn.ops.checks import checked_once
 from visionattn.ops.dispatch import Backend, Op
 
 
@@ -129,6 +138,15 @@ def test_checks_meet_every_call(bad):
             neighborhood_attention(q, q, q, bad)
 
 
+def test_checks_meet_every_bias():
+    q, bias = torch.randn(1, 8, 2, 4), torch.zeros(2, 3, 8)
+    for _ in range(2):
+        assert agent_attention(q, q, q, q[:, :3], bias).shape == q.shape
+        for wrong, message in ((bias[:1], r"agent_bias must be .* = \[2, 3, 8\]"), (bias.long(), "floating point")):
+            with pytest.raises(ValueError, match=message):
+                agent_attention(q, q, q, q[:, :3], wrong)
+
+
 def test_checks_tell_tensors_apart():
     q, routes = torch.randn(1, 8, 8, 2, 8), torch.arange(4).view(1, 1, 4, 1)
     routed_attention(q, q, q, routes, 4)
@@ -141,6 +159,30 @@ def test_checks_tell_tensors_apart():
     with torch.autocast("cpu"):  # the same arguments are another problem there
         assert routed_attention(q, q, q, routes, 4).dtype == torch.bfloat16
     assert routed_attention(q, q, q, routes, 4).dtype == torch.float32
+
+
+def test_checks_tell_arguments_apart():
+    """None, False, 0 and a tensor in the same place are different arguments, and so are tensors that swap shapes."""
+    calls = []
+
+    @checked_once
+    def check(*args):
+        calls.append(args)
+        if args[0] == "bad":
+            raise ValueError("bad")
+        return len(calls)
+
+    a, b = torch.zeros(2, 3), torch.zeros(3, 2)
+    arguments = [
+        (a, b), (b, a), (a, None), (None, a), (a, False), (a, 0), (a, 0.), (a, ""), (a, (2, 3)), (a, [2, 3]),
+        (a, (2, 3.)), (a, (2,), 3), (a, b.double()), (a, b.to("meta")), (a, a, None), (a, None, a), (a,)]
+    first = [check(*args) for args in arguments]
+    assert first == list(range(1, len(arguments) + 1))
+    assert first == [check(*args) for args in arguments]  # nothing is checked again
+    assert check(torch.nn.Parameter(a), b) == 1  # a parameter is a tensor
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bad"):
+            check("bad")
 
 
 class _Seen(TorchDispatchMode):

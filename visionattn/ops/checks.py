@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .dispatch import exporting, untraced
+from .dispatch import untraced
 
 __all__ = ["check_alike", "check_sizes", "checked_once", "known_range", "shapes"]
 
@@ -28,7 +28,7 @@ def checked_once(check: Callable[..., T]) -> Callable[..., T]:
     def checked(*args: Any) -> T:
         if torch.compiler.is_compiling():
             return check(*args)
-        key = None if torch.jit.is_tracing() else _key(args)
+        key = None if torch._C._is_tracing() else _key(args)
         if key is None:
             with untraced():
                 return check(*args)
@@ -45,15 +45,17 @@ def checked_once(check: Callable[..., T]) -> Callable[..., T]:
 
 def _key(args: tuple[Any, ...]) -> tuple | None:
     """What a check may depend on; None where that cannot be said. Equal numbers of other types are other keys."""
-    types = tuple(map(type, args))
-    key: list[Any] = [types]
-    for x, kind in zip(args, types, strict=True):
+    key: list[Any] = []
+    for x in args:
+        kind = type(x)
         if kind is Tensor or kind is nn.Parameter:
-            key += x.shape, x.dtype, x.device
-        elif kind in _SCALARS:
+            key += x.shape, x.dtype, x.is_cpu or x.device  # a device takes as long to compare as all else
+        elif x is None or kind is bool:
             key.append(x)
+        elif kind in _SCALARS:
+            key += kind, x
         elif (kind is tuple or kind is list) and _SCALARS.issuperset(inner := tuple(map(type, x))):
-            key += tuple(x), inner
+            key += kind, tuple(x), inner
         else:
             return None
     return tuple(key)
@@ -90,7 +92,7 @@ def known_range(index: Tensor) -> tuple[int, int] | None:
     There are none in fake tensors and graphs (compiled, exported, traced), and of an accelerator's tensors one would
     have to wait for the device. The tables of all samples of ``torch.vmap`` are looked at together.
     """
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or not index.is_cpu:
         return None
     while torch._C._functorch.is_functorch_wrapped_tensor(index):
         index = torch._C._functorch.get_unwrapped(index)
@@ -98,4 +100,4 @@ def known_range(index: Tensor) -> tuple[int, int] | None:
     if type(index) is not Tensor or torch._C._len_torch_dispatch_stack() or index.numel() == 0:
         return None
     low, high = index.aminmax()
-    return int(low), int(high)
+    return low.item(), high.item()  # type: ignore[return-value]

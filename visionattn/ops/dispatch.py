@@ -112,10 +112,10 @@ class Op:
             recorder.offer(lambda: self._probabilities(problem, args), lambda: self._count(problem, args))
             with recorder.paused():
                 return self.run(problem, backend, *args)
-        run = self.choose(problem, backend).run
-        if not _autocast(problem.device):  # entering a context takes as long as a small operator
+        run, device = self.choose(problem, backend).run, problem.device
+        if device == "meta" or not torch.is_autocast_enabled(device):  # a context takes as long as a small operator
             return run(*args)
-        with torch.autocast(problem.device, enabled=False):
+        with torch.autocast(device, enabled=False):
             return run(*args)
 
     def _probabilities(self, problem: Any, args: tuple[Any, ...]) -> Tensor:
@@ -272,12 +272,20 @@ def in_forward_mode(*tensors: Tensor | None) -> bool:
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # a generator takes longer than all of it
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def standard_only(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors must consist of PyTorch's own operators."""
-    return exporting() or transforming() or in_forward_mode(*tensors)
+    if torch.compiler.is_compiling():
+        return exporting()
+    # Every call of every op comes here, so that no function is called that can be done without.
+    return (torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+            or (forward_ad._current_level >= 0 and in_forward_mode(*tensors)))
 
 
 def concrete(*tensors: Tensor, devices: bool = False) -> bool:
@@ -345,7 +353,7 @@ _FEW_SYMBOLS = torch.__version__ < (2, 10)  # type: ignore[operator]
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts the inputs of an op to autocast's dtype where autocast is on, as PyTorch does for its own attention."""
     device = tensors[0].device.type
-    if not _autocast(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)

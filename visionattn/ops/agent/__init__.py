@@ -4,11 +4,10 @@ Definition: "Agent Attention: On the Integration of Softmax and Linear Attention
 cost is linear in the number of queries and keys. Where the agents come from is the caller's business; the published
 models pool them from the queries with :func:`pool_agents`.
 """
-import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_sizes, shapes
-from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, untraced
+from ..checks import check_alike, check_sizes, checked_once, shapes
+from ..dispatch import Backend, Op, any_problem, cast_for_autocast, empty_result, standard_only, wants_gradients
 from . import fused, naive
 from .cases import CASES, AgentProblem, pattern_case
 from .pooling import pool_agents
@@ -53,22 +52,26 @@ def agent_attention(
         BackendError: There is no such backend (a ValueError too).
     """
     q, k, v, agents = cast_for_autocast(q, k, v, agents)
-    standard = standard_only(q, k, v, agents, agent_bias, query_bias)
-    with untraced():
-        _check(q, k, v, agents)
-        heads, count = q.shape[2], agents.shape[1]
-        _check_bias("agent_bias", agent_bias, (heads, count, k.shape[1]), q)
-        _check_bias("query_bias", query_bias, (heads, q.shape[1], count), q)
-        problem = AgentProblem(
-            queries=q.shape[1], keys=k.shape[1], agents=count, heads=heads, head_dim=q.shape[3], value_dim=v.shape[3],
-            has_agent_bias=agent_bias is not None, has_query_bias=query_bias is not None, dtype=q.dtype,
-            device=q.device.type,
-            requires_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-            standard_only=standard)
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
-        return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, agents, agent_bias, query_bias))
-    return _op.run(
-        problem, backend, q, k, v, agents, agent_bias, query_bias, problem.head_dim ** -0.5 if scale is None else scale)
+    tensors = (q, k, v, agents, agent_bias, query_bias)
+    problem = _problem(*tensors, wants_gradients(q, k, v), standard_only(*tensors))
+    if isinstance(batch := q.shape[0], int) and batch == 0:
+        return empty_result((*q.shape[:-1], v.shape[-1]), tensors)
+    return _op.run(problem, backend, *tensors, problem.head_dim ** -0.5 if scale is None else scale)
+
+
+@checked_once
+def _problem(
+        q: Tensor, k: Tensor, v: Tensor, agents: Tensor, agent_bias: Tensor | None, query_bias: Tensor | None,
+        requires_grad: bool, standard: bool,
+) -> AgentProblem:
+    _check(q, k, v, agents)
+    heads, count = q.shape[2], agents.shape[1]
+    _check_bias("agent_bias", agent_bias, (heads, count, k.shape[1]), q)
+    _check_bias("query_bias", query_bias, (heads, q.shape[1], count), q)
+    return AgentProblem(
+        queries=q.shape[1], keys=k.shape[1], agents=count, heads=heads, head_dim=q.shape[3], value_dim=v.shape[3],
+        has_agent_bias=agent_bias is not None, has_query_bias=query_bias is not None, dtype=q.dtype,
+        device=q.device.type, requires_grad=requires_grad, standard_only=standard)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, agents: Tensor) -> None:

@@ -91,7 +91,7 @@ def aggregated_attention(
         local_weights, = cast_for_autocast(local_weights)
     tensors = (q, k, v, pooled_k, pooled_v, local_bias, pooled_bias, local_weights)
     problem = _problem(*tensors, active, kernel_size, wants_gradients(*tensors), standard_only(*tensors))
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), tensors)
     return _op.run(problem, backend, q, k, v, pooled_k, pooled_v, kernel_size, local_bias, pooled_bias, local_weights,
                    active)

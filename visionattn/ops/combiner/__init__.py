@@ -92,18 +92,20 @@ def combiner_attention(
         BackendError: There is no such backend (a ValueError too).
     """
     q, k, v = cast_for_autocast(q, k, v)
-    given = {name: cast_for_autocast(x)[0] for name, x in (
-        ("summary_q", summary_q), ("summary_k", summary_k), ("summary_v", summary_v)) if x is not None}
-    tensors = (q, k, v, *given.values())
+    if summary_q is not None:
+        summary_q, = cast_for_autocast(summary_q)
+    if summary_k is not None:
+        summary_k, = cast_for_autocast(summary_k)
+    if summary_v is not None:
+        summary_v, = cast_for_autocast(summary_v)
+    tensors = (q, k, v, summary_q, summary_k, summary_v)
     problem = _problem(
-        q, k, v, given.get("summary_q"), given.get("summary_k"), given.get("summary_v"), pattern, window_size, causal,
-        pool, count_bias, wants_gradients(*tensors), standard_only(*tensors))
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+        *tensors, pattern, window_size, causal, pool, count_bias, wants_gradients(*tensors), standard_only(*tensors))
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), tensors)
     return _op.run(
         problem, backend, q, k, v, pattern, window_size, problem.causal, problem.pool, count_bias,
-        problem.head_dim ** -0.5 if scale is None else scale, given.get("summary_q"), given.get("summary_k"),
-        given.get("summary_v"))
+        problem.head_dim ** -0.5 if scale is None else scale, summary_q, summary_k, summary_v)
 
 
 @checked_once

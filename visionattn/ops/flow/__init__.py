@@ -58,7 +58,7 @@ def flow_attention(
     """
     q, k, v = cast_for_autocast(q, k, v)
     problem = _problem(q, k, v, is_causal, eps_of_sums, wants_gradients(q, k, v), standard_only(q, k, v))
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v))
     return _op.run(problem, backend, q, k, v, is_causal, eps_of_sums)
 

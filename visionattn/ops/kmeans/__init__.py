@@ -86,7 +86,7 @@ def kmeans_attention(
     lowest = _check_range("query_index", query_index, -1, problem.tokens)
     _check_range("key_index", key_index, 0, problem.tokens)
     has_empty = lowest is None or lowest < 0
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         return empty_result(v.shape, (q, k, v, memory_key, memory_value))
     return _op.run(
         problem, backend, q, k, v, query_index, key_index, problem.head_dim ** -0.5 if scale is None else scale, mask,

@@ -94,7 +94,7 @@ def neighborhood_attention(
     problem = _problem(
         q, k, v, kernel_size, dilation, stride, is_causal, bias, additional_keys, additional_values, return_lse,
         wants_gradients(q, k, v), standard_only(q, k, v, bias))
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         out = empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, bias, additional_keys, additional_values))
         return (out, out.new_zeros(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))) \
             if return_lse else out

@@ -52,7 +52,7 @@ def reversed_attention(
     weights = v.new_ones(v.shape[:-1]) if weights is None else weights
     q, k, v, weights = cast_for_autocast(q, k, v, weights)
     problem = _problem(q, k, v, weights, wants_gradients(q, k, v, weights), standard_only(q, k, v, weights))
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         return empty_result((*k.shape[:-1], v.shape[-1]), (q, k, v, weights))
     return _op.run(problem, backend, q, k, v, weights, problem.head_dim ** -0.5 if scale is None else scale)
 

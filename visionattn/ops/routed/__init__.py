@@ -67,7 +67,7 @@ def routed_attention(
         q, k, v, routes, route_weights, region_size, wants_gradients(q, k, v),
         standard_only(q, k, v, route_weights))
     _check_range(routes)
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v, route_weights))
     return _op.run(
         problem, backend, q, k, v, routes, problem.region_size, problem.key_region_size,

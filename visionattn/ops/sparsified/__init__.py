@@ -55,7 +55,7 @@ def sparsified_attention(
     known = known_range(index)
     if known is not None and (known[0] < 0 or known[1] >= problem.keys):
         raise ValueError(f"index must hold 0 to {problem.keys - 1}, got {known[0]} to {known[1]}")
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), (q, k, v))
     return _op.run(problem, backend, q, k, v, index, problem.head_dim ** -0.5 if scale is None else scale)
 

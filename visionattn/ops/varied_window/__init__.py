@@ -65,7 +65,7 @@ def varied_window_attention(
     q, k, v = cast_for_autocast(q, k, v)
     tensors = (q, k, v, offset, stretch, bias)
     problem = _problem(*tensors, window_size, wants_gradients(*tensors), standard_only(*tensors))
-    if isinstance(q.shape[0], int) and q.shape[0] == 0:
+    if isinstance(batch := q.shape[0], int) and batch == 0:
         return empty_result((*q.shape[:-1], v.shape[-1]), tensors)
     return _op.run(
         problem, backend, q, k, v, offset, stretch, problem.window_size, bias,
