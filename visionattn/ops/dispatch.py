@@ -352,7 +352,9 @@ _FEW_SYMBOLS = torch.__version__ < (2, 10)  # type: ignore[operator]
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts the inputs of an op to autocast's dtype where autocast is on, as PyTorch does for its own attention."""
-    device = tensors[0].device.type
+    first = tensors[0]
+    # A tensor's device takes PyTorch longer to name than everything here.
+    device = "cpu" if not torch.compiler.is_compiling() and first.is_cpu else first.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
