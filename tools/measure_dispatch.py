@@ -7,6 +7,9 @@
 computes: the backend, and of a backend that is an operator of ours its Python function, which for gradients stands in
 an ``autograd.Function`` that does nothing else. ``beside``, the difference, is checks, choice and PyTorch's ways to
 operators. The runs take turns; each figure is the lower decile of them.
+
+``front`` is a call of the function with a backend that computes nothing, over and over: the same checks and choice with
+all that they need in the processor's caches, out of which computation drives it.
 """
 import argparse
 import sys
@@ -23,7 +26,7 @@ from visionattn import ops
 from visionattn.ops import cases, dispatch
 from visionattn.ops.operator import Operator
 
-__all__ = ["beside", "main"]
+__all__ = ["beside", "front", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="processor time of each figure's runs")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print(f"{'op':14}{'case':20}{'direction':18}{'call':>8}{'bare':>8}{'beside':>8}")
+    print(f"{'op':14}{'case':20}{'direction':18}{'call':>8}{'bare':>8}{'beside':>8}{'front':>8}")
     for op in args.ops:
         known = cases(f"{op}_attention")
         for case in args.cases or ["small_map" if "small_map" in known else "small"]:
@@ -44,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             for backward in (False, True):
                 call, bare = beside(f"{op}_attention", case, backward, args.seconds)
                 direction = "forward+backward" if backward else "forward"
-                print(f"{op:14}{case:20}{direction:18}{call:8.0f}{bare:8.0f}{call - bare:8.0f}", flush=True)
+                alone = front(f"{op}_attention", case, backward, args.seconds)
+                print(f"{op:14}{case:20}{direction:18}{call:8.0f}{bare:8.0f}{call - bare:8.0f}{alone:8.1f}", flush=True)
     return 0
 
 
@@ -67,6 +71,28 @@ def beside(op: str, case: str, backward: bool, seconds: float) -> tuple[float, f
         bare = _standing_alone(calls, floating["q"]) if calls else backend
         seen = _lower_decile([lambda: _derive(call(), leaves, grad), lambda: _derive(bare(), leaves, grad)], seconds)
     return seen[0], seen[1]
+
+
+def front(op: str, case: str, backward: bool, seconds: float) -> float:
+    """Microseconds of what a call of an op's example does before its backend runs."""
+    floating, tables = cases(op)[case].tensors()
+    for x in floating.values():
+        x.requires_grad_(backward)
+    public, options = getattr(ops, op), {**tables, **cases(op)[case].options}
+    known = dispatch._OPS[op]
+    results: list[Any] = []
+
+    def keeping(run: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(*args: Any) -> Any:
+            if not results:
+                results.append(run(*args))
+            return results[0]
+        return kept
+
+    idle = {name: backend._replace(run=keeping(backend.run)) for name, backend in known.backends.items()}
+    with torch.set_grad_enabled(backward), mock.patch.dict(known.backends, idle):
+        public(**floating, **options)
+        return _lower_decile([lambda: public(**floating, **options)], seconds / 4)[0]
 
 
 def _first(out: Any) -> Tensor:

@@ -225,6 +225,7 @@ def test_what_a_call_costs_beside_its_computation(capsys):
     assert tool.main(["--ops", "routed", "flow", "--seconds", "0.02"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines] == ["op", "routed", "routed", "flow", "flow"]
-    for *_, call, bare, beside in lines[1:]:
+    for *_, call, bare, beside, front in lines[1:]:
         assert int(bare) > 0
         assert abs(int(call) - int(bare) - int(beside)) <= 1
+        assert 0 < float(front) < int(call)

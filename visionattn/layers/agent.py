@@ -208,7 +208,10 @@ def compose_bias(
     Returns:
         ``[num_heads, agents, prefix tokens + height * width]``, or the last two the other way round.
     """
-    sources = [tables.map, tables.rows, tables.columns] + ([] if tables.prefix is None else [tables.prefix])
+    coarse_map, prefix = tables.map, tables.prefix
+    sources = [coarse_map, tables.rows, tables.columns]
+    if prefix is not None:
+        sources.append(prefix)
 
     def compose() -> Tensor:
         coarse, rows, columns, *prefix = (
@@ -226,7 +229,7 @@ def compose_bias(
         return torch.cat([*prefix, bias], dim=1 if agents_last else 2).to(dtype)
 
     # The more a bias has entries, the less its composition costs beside its use, and the more memory it takes.
-    heads, = numbers(tables.map.shape[:1])
+    heads, = numbers(coarse_map.shape[:1])
     if torch.compiler.is_compiling() or heads * math.prod(agent_grid) * math.prod(size) > _KEPT_ENTRIES:
         return compose()
     return keep("agent bias", (size, agent_grid, dtype, agents_last), compose, sources=sources, owner=tables)

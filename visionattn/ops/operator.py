@@ -28,9 +28,18 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the function, or the operator where somebody would miss it."""
-        if torch.compiler.is_compiling() or not _are_plain(args):
+        if torch.compiler.is_compiling() or _is_watched():
             return self._definition(*args)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        recorded = False
+        for x in args:  # one plain loop: a generator takes longer than all of it
+            kind = type(x)
+            if kind is Tensor or kind is nn.Parameter:
+                if x.is_meta:
+                    return self._definition(*args)
+                recorded = recorded or x.requires_grad
+            elif isinstance(x, Tensor):
+                return self._definition(*args)
+        if recorded and torch.is_grad_enabled():
             return self._definition(*args) if self._function is None else self._function.apply(*args)
         return self.body(*args)
 
@@ -62,11 +71,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return lambda body: Operator(name, body)
 
 
-def _are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether there are values to compute with, and nobody but autograd watches."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
-        return False
-    return all(
-        not isinstance(x, Tensor) or ((type(x) is Tensor or type(x) is nn.Parameter) and not x.is_meta) for x in args)
+def _is_watched() -> bool:
+    """Whether anybody but autograd sees what is called: a mode, a transform, a trace, forward-mode differentiation."""
+    return (torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._is_tracing() or forward_ad._current_level >= 0)

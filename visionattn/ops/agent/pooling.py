@@ -22,11 +22,10 @@ def pool_agents(x: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         ``[batch, rows * columns, dim]``, row by row.
     """
-    sizes = list(zip(x.shape[1:3], grid, strict=True))
-    if not exporting() and not any(size % cells for size, cells in sizes):
-        cell = [size // cells for size, cells in sizes]
-        return F.avg_pool2d(x.permute(0, 3, 1, 2), cell).flatten(2).transpose(1, 2)
-    rows, columns = (_cell_weights(size, cells, x) for size, cells in sizes)
+    (height, width), (down, across) = x.shape[1:3], grid
+    if not exporting() and height % down == 0 and width % across == 0:
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), (height // down, width // across)).flatten(2).transpose(1, 2)
+    rows, columns = _cell_weights(height, down, x), _cell_weights(width, across, x)
     # Two small products read a strided map as it is, and can be exported for maps of any size; PyTorch's pooling of
     # unequal cells is slower and cannot.
     x = columns @ x
